@@ -1,0 +1,69 @@
+"""Every error a user of TeEFusion can meet, in one tree.
+
+    TeEFusionError              exit code 1: something failed; the message says what to do
+    ├── UsageError              exit code 2: the request itself is wrong; nothing was spent
+    │   ├── SettingsError       a setting is unknown, of the wrong type or out of range
+    │   ├── PromptError         a prompt source cannot be read or holds no usable prompt
+    │   ├── TeacherError        the teacher is unknown, unreadable or of no supported family
+    │   └── StudentError        a folder is not a student this version can load
+    ├── StorageError            reading or writing files failed (disk full, permission)
+    ├── IntegrityError          stored data is not what its manifest says; never used
+    ├── ScorerError             a scorer could not be loaded, or an image could not be scored
+    ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
+    ├── TrackingError           the MLflow server cannot be reached or refuses
+    └── PipelineError           a stage of the pipeline failed; its own message is above
+
+Messages have three parts: what was found, where, and what to do.
+"""
+
+
+class TeEFusionError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(TeEFusionError):
+    """The user's mistake: retrying without a change cannot help."""
+
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class PromptError(UsageError):
+    """A prompt source cannot be read, or holds no usable prompt."""
+
+
+class TeacherError(UsageError):
+    """The teacher is unknown, unreadable, or of no supported family."""
+
+
+class StudentError(UsageError):
+    """A folder is not a student that this version can load."""
+
+
+class StorageError(TeEFusionError):
+    """Reading or writing files failed."""
+
+
+class IntegrityError(TeEFusionError):
+    """Stored data is not what its manifest says; it is never used."""
+
+
+class ScorerError(TeEFusionError):
+    """A scorer could not be loaded, or an image could not be scored."""
+
+
+class TrainingError(TeEFusionError):
+    """Training cannot go on."""
+
+
+class TrackingError(TeEFusionError):
+    """The MLflow server cannot be reached, or refuses."""
+
+
+class PipelineError(TeEFusionError):
+    """A stage of the pipeline failed."""

@@ -1,0 +1,403 @@
+"""Everything configurable, as one typed, frozen model that is checked before anything is spent.
+
+Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``), the ``--config`` file, the
+teacher's preset, the defaults below. An unknown key is an error in every one of them.
+
+Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the papers' ``w`` is ``s - 1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from teefusion.errors import SettingsError, TeacherError
+from teefusion.storage import content_key
+
+ENV_PREFIX = "TEEFUSION_"
+# Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the progress terminal.
+_OTHER_VARIABLES = frozenset({"TEEFUSION_IMAGE", "TEEFUSION_PROGRESS_TTY"})
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    """A group of settings. ``operational`` names those that change where or how fast, never what is computed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    operational: ClassVar[frozenset[str]] = frozenset()
+
+    def content(self) -> dict[str, Any]:
+        """The settings that determine results, JSON-ready; hashed into content keys."""
+        return self.model_dump(mode="json", exclude=set(self.operational))
+
+
+class TeacherSettings(_Section):
+    """The frozen model to distil."""
+
+    name: str = "shapes"
+    """A preset's name, or a diffusers folder, or a hub id (`owner/name`)."""
+    uri: str = ""
+    """Diffusers folder or hub id; `bundled:shapes` is the teacher in this package. Set by the preset."""
+    revision: str | None = None
+    """Hub commit or folder digest (`sha256:...`); filled in when the run starts, then checked by every stage."""
+    dtype: Dtype = "float32"
+    """Weights' type when sampling; the sampler's own state is always float32."""
+    height: int | None = Field(default=None, gt=0, multiple_of=8)
+    """Pixels; none is the model's own size."""
+    width: int | None = Field(default=None, gt=0, multiple_of=8)
+    """Pixels; none is the model's own size."""
+    max_sequence_length: int = Field(default=256, ge=0, le=512)
+    """T5 tokens a prompt."""
+
+
+class PromptSettings(_Section):
+    """Where prompts come from, and which are held out."""
+
+    source: str = "bundled:shapes"
+    """A .txt, .json, .jsonl, .csv or .parquet file, or `bundled:shapes`."""
+    sha256: str | None = None
+    """Digest of the source; filled in when the run starts."""
+    heldout_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of prompts, chosen by content hash, that training never sees."""
+    max_chars: int = Field(default=2000, gt=0)
+    """Longer prompts are dropped, and counted."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"source"})
+
+
+class StrategySettings(_Section):
+    """How the teacher samples."""
+
+    name: Literal["euler_cfg"] = "euler_cfg"
+    """`euler_cfg`: Euler steps with classifier-free guidance."""
+    num_steps: int = Field(default=28, ge=2, le=1000)
+    """Steps N of the sigma grid."""
+    guidance_min: float = Field(default=1.0, ge=0)
+    """Smallest guidance scale taught (diffusers' s)."""
+    guidance_max: float = Field(default=7.0, ge=0, le=100)
+    """Largest guidance scale taught (diffusers' s)."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.guidance_min > self.guidance_max:
+            raise ValueError(
+                f"guidance_min ({self.guidance_min:g}) is above guidance_max ({self.guidance_max:g}): swap them"
+            )
+        return self
+
+
+class TargetSettings(_Section):
+    """What is stored of the teacher's trajectories."""
+
+    trajectories: int = Field(default=1024, gt=0)
+    """Trajectories from training prompts, in the prompts' hash order, going round when there are fewer prompts."""
+    heldout_trajectories: int = Field(default=64, gt=0)
+    """Trajectories from held-out prompts; the guidance residual is measured on them."""
+    states_per_trajectory: int = Field(default=8, gt=0)
+    """K, the steps kept of each trajectory's N, drawn without replacement."""
+    shard_trajectories: int = Field(default=64, gt=0)
+    """Trajectories a shard: what an interruption costs at most."""
+    batch_size: int = Field(default=64, gt=0)
+    """Trajectories sampled together. Part of the content: the batch shape changes the last bits of the arithmetic."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of stored states and velocities; computed in float32 whatever this says."""
+    seed: int = Field(default=0, ge=0)
+    """Of noise, guidance and step draws."""
+
+
+class FusionSettings(_Section):
+    """The term added to the conditioning vector (see `teefusion.fusion`)."""
+
+    variant: Literal["published", "paper", "balanced"] = "balanced"
+    """`published`: x1000 and /256 as in the released student; `paper`: the printed formula, s x1000 and no divisor;
+    `balanced`: divided so that the term starts as large as the time embedding."""
+
+
+class TrainSettings(_Section):
+    """The distillation loop."""
+
+    steps: int = Field(default=10_000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(default=64, gt=0)
+    """States an optimizer step, over all ranks and accumulation steps."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Micro-batches an optimizer step."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak of the schedule."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """After the warm-up."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Linear warm-up."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Of the averaged weights, which are the student; 0 turns averaging off."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward passes; master weights are float32."""
+    loss_weighting: Literal["none", "guidance"] = "none"
+    """`guidance` divides each sample's error by its mean squared guidance gap, so small scales count as large ones."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between logged losses."""
+    eval_every: int = Field(default=500, gt=0)
+    """Steps between guidance residuals on held-out states."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    seed: int = Field(default=0, ge=0)
+    """Of the order of states."""
+    num_processes: int = Field(default=1, gt=0)
+    """Ranks on this machine; above 1 the stage runs under torchrun."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"log_every", "checkpoint_every", "keep_checkpoints", "num_processes"}
+    )
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        ways = self.gradient_accumulation_steps * self.num_processes
+        if self.batch_size % ways:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} x num_processes {self.num_processes} = {ways}"
+            )
+        return self
+
+
+class EvaluateSettings(_Section):
+    """The paired comparison of student and teacher."""
+
+    scorer: str = "bundled:shapes"
+    """A transformers CLIP folder, or `bundled:shapes`."""
+    guidance_scale: float = Field(default=4.0, ge=1, le=100)
+    """s of teacher and student in the comparison."""
+    num_steps: int | None = Field(default=None, ge=2, le=1000)
+    """Sampler steps; none is the strategy's."""
+    prompts_per_style: int = Field(default=80, gt=0)
+    """Held-out prompts scored in each style, in hash order; the HPS benchmark's group size."""
+    batch_size: int = Field(default=16, gt=0)
+    """Pictures made together."""
+    sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
+    """Guidance scales of the report's grid."""
+    sweep_prompts: int = Field(default=4, gt=0)
+    """Prompts in the report's grid."""
+    seed: int = Field(default=1, ge=0)
+    """Of the initial noise, one generator a prompt."""
+
+
+class GateSettings(_Section):
+    """When a student may be registered as challenger. Margins are shares of the teacher's mean score."""
+
+    margin: float = Field(default=0.01, ge=0, lt=1)
+    """Over all prompts: the lower bound of student - teacher must stay above -margin."""
+    style_margin: float = Field(default=0.03, ge=0, lt=1)
+    """The same in each style, where there are fewer prompts."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of the two-sided paired bootstrap interval."""
+    resamples: int = Field(default=10_000, ge=1000)
+    min_prompts: int = Field(default=20, gt=1)
+    """Fewer prompts in a style are no evidence."""
+    max_nfe_ratio: float = Field(default=0.5, gt=0)
+    """Student's forwards a picture over the teacher's, at most."""
+    max_guidance_residual: float = Field(default=1.0, gt=0)
+    """At most; 1 is a student that learned no guidance."""
+    seed: int = Field(default=0, ge=0)
+    """Of the resampling."""
+
+
+class MlflowSettings(_Section):
+    """Tracking and registry. Credentials come from MLflow's own variables, never from here."""
+
+    tracking_uri: str | None = None
+    """None is SQLite in the workdir."""
+    experiment: str = "teefusion"
+    model_name: str | None = None
+    """Registered model; none is `teefusion-<teacher>`."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """For the server's first answer."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"tracking_uri", "experiment", "timeout_s"})
+
+
+class Settings(BaseSettings):
+    """One run, completely described."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+    )
+
+    workdir: Path = Path("work")
+    """Folder for everything a run makes."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    teacher: TeacherSettings = TeacherSettings()
+    prompts: PromptSettings = PromptSettings()
+    strategy: StrategySettings = StrategySettings()
+    targets: TargetSettings = TargetSettings()
+    fusion: FusionSettings = FusionSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
+    mlflow: MlflowSettings = MlflowSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Given values only: ``load_settings`` lays the sources over each other, and stored settings stay as stored."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _states_fit_the_grid(self) -> Self:
+        if self.targets.states_per_trajectory > self.strategy.num_steps:
+            raise ValueError(
+                f"targets.states_per_trajectory ({self.targets.states_per_trajectory}) is above strategy.num_steps "
+                f"({self.strategy.num_steps}): a trajectory has no more states than steps"
+            )
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """Every section's content: what determines the run's results, and nothing else."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value.content() for name, value in sections.items() if isinstance(value, _Section)}
+
+    def stored(self) -> dict[str, Any]:
+        """JSON-ready values from which ``validate_settings`` makes these settings again; unset ones are left out, as
+        a Kubeflow parameter cannot hold null.
+        """
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def run_key(self) -> str:
+        """Name of this run: a hash of its content. Complete only once revision and prompt digest are filled in."""
+        return content_key(self.content())
+
+    @property
+    def model_name(self) -> str:
+        """Registered model's name in MLflow."""
+        return self.mlflow.model_name or f"teefusion-{Path(self.teacher.name).name}"
+
+
+def presets() -> list[str]:
+    """Names of the teachers that come with a preset, sorted."""
+    folder = resources.files("teefusion") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_settings(*, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from all sources. ``overrides`` are dotted keys (``train.steps``) from the command line.
+
+    Raises SettingsError naming every bad key, TeacherError for a teacher that is neither preset, folder nor hub id.
+    """
+    _refuse_unknown_variables()
+    from_config = _read_yaml(config) if config else {}
+    from_command = _nest(overrides or {})
+    from_env = EnvSettingsSource(Settings)()
+    merged = _merge(_merge(from_config, from_env), from_command)
+    name = _teacher_name(merged)
+    return validate_settings(_merge(_preset(name), merged))
+
+
+def validate_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from complete values, such as those stored with a run. Raises SettingsError naming every bad key."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
+            + ("" if item["type"] in ("extra_forbidden", "value_error") else f" (got {item['input']!r})")
+            for item in error.errors()
+        ]
+        raise SettingsError("These settings cannot be used:\n" + "\n".join(lines)) from error
+
+
+def _teacher_name(values: Mapping[str, Any]) -> str:
+    teacher = values.get("teacher", {})
+    name = teacher.get("name", "shapes") if isinstance(teacher, Mapping) else teacher
+    if not isinstance(name, str):
+        raise SettingsError(f"teacher.name must be a string, got {name!r}.")
+    return name
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The preset called ``name``; for a folder or hub id, the defaults with that URI."""
+    if name in presets():
+        text = (resources.files("teefusion") / "presets" / f"{name}.yaml").read_text()
+        values: dict[str, Any] = yaml.safe_load(text)
+        return _merge(values, {"teacher": {"name": name}})
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if Path(name).is_dir() or is_hub_id:
+        return {"teacher": {"name": name, "uri": name}}
+    raise TeacherError(
+        f"Unknown teacher {name!r}: it is no preset ({', '.join(presets())}), no folder, and no hub id (owner/name)."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"Cannot read the configuration {path}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected a mapping of sections such as `train:`, got {type(values).__name__}.")
+    return values
+
+
+def _nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *sections, leaf = key.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[leaf] = value
+    return nested
+
+
+def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    """``weak`` with ``strong`` laid over it, section by section; neither is changed."""
+    merged = dict(weak)
+    for key, value in strong.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = _merge(below, value) if both and below is not None else value
+    return merged
+
+
+def _refuse_unknown_variables() -> None:
+    """pydantic-settings ignores misspelt variables; a run that silently trains with a default is worse than none."""
+    known = {ENV_PREFIX + name.upper() for name in _variable_names()} | _OTHER_VARIABLES
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise SettingsError(
+            f"Unknown variable{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}: no setting has that name. "
+            "Sections are joined with two underscores, as in TEEFUSION_TRAIN__STEPS."
+        )
+
+
+def _variable_names() -> Iterator[str]:
+    for name, field in Settings.model_fields.items():
+        yield name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from (f"{name}__{key}" for key in field.annotation.model_fields)

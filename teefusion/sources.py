@@ -1,0 +1,53 @@
+"""Where teachers, scorers and prompts come from, and which exact version a run means. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from teefusion import shapes
+from teefusion.errors import TeacherError
+from teefusion.prompts import source_digest
+from teefusion.settings import Settings, TeacherSettings
+from teefusion.storage import sha256_folder
+
+_BUNDLED_TEACHER = "bundled:shapes"
+
+
+def bundled_path(uri: str) -> Path | None:
+    """Folder of a teacher URI that lies on this machine, or none for a hub id."""
+    if uri == _BUNDLED_TEACHER:
+        return shapes.TEACHER_DIR
+    path = Path(uri)
+    return path if path.is_dir() else None
+
+
+def prompt_path(source: str) -> Path:
+    """File or folder of a prompt source."""
+    return shapes.PROMPTS_FILE if source == "bundled:shapes" else Path(source)
+
+
+def revision_of(settings: TeacherSettings) -> str:
+    """``sha256:...`` over the files of a folder; the commit of a hub id. Raises TeacherError."""
+    folder = bundled_path(settings.uri)
+    if folder is not None:
+        return f"sha256:{sha256_folder(folder)[:16]}"
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        sha = HfApi().model_info(settings.uri, revision=settings.revision).sha
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise TeacherError(
+            f"Cannot look up {settings.uri!r} on the hub: {error}. Check the id, the network and, for a gated model, "
+            "that HF_TOKEN is set and its licence accepted; or give a local diffusers folder."
+        ) from error
+    if sha is None:
+        raise TeacherError(f"The hub gave no commit for {settings.uri!r}; set teacher.revision.")
+    return str(sha)
+
+
+def pin(settings: Settings) -> Settings:
+    """The settings with teacher revision and prompt digest filled in, so that they describe one run for good."""
+    teacher = settings.teacher.model_copy(update={"revision": revision_of(settings.teacher)})
+    prompts = settings.prompts.model_copy(update={"sha256": source_digest(prompt_path(settings.prompts.source))})
+    return settings.model_copy(update={"teacher": teacher, "prompts": prompts})

@@ -1,0 +1,100 @@
+"""Where a run keeps what it makes: one folder a thing, named by what determines its content.
+
+<workdir>/prompts/KEY/        prompt set
+<workdir>/targets/KEY/        target set
+<workdir>/students/KEY/       checkpoints, the student folder, training.json
+<workdir>/evaluations/KEY/    pictures, scores, verdict, report.html
+<workdir>/runs/RUN_KEY/       settings, one record a stage, summary
+<workdir>/report.html, summary.json   of the last run
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from teefusion.errors import IntegrityError
+from teefusion.settings import Settings
+from teefusion.storage import read_json, write_json
+
+StageName = Literal["ingest", "targets", "train", "evaluate", "register"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage gives to the next one and to the summary."""
+
+    stage: StageName
+    output: Path
+    reused: bool
+    seconds: float
+    details: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"output": str(self.output), "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below the workdir of one run."""
+
+    settings: Settings
+
+    @property
+    def root(self) -> Path:
+        """The workdir, absolute."""
+        return self.settings.workdir.resolve()
+
+    @property
+    def run(self) -> Path:
+        """This run's records."""
+        return self.root / "runs" / self.settings.run_key
+
+    def folder(self, kind: Literal["prompts", "targets", "students", "evaluations"], key: str) -> Path:
+        """Folder of one content-addressed thing."""
+        return self.root / kind / key
+
+    def stage(self, name: StageName, output: Path, work: Callable[[], tuple[dict[str, Any], bool]]) -> StageResult:
+        """Do a stage's work, time it, and record it. ``work`` returns details, and whether they were there already."""
+        started = time.monotonic()
+        details, reused = work()
+        result = StageResult(name, output, reused, time.monotonic() - started, details)
+        write_json(self._record(name), result.to_dict())
+        return result
+
+    def start(self) -> None:
+        """Begin a run: store its settings, forget an earlier attempt's records."""
+        for path in (*(self._record(name) for name in STAGES), self._failure):
+            path.unlink(missing_ok=True)
+        write_json(self.run / "settings.json", self.settings.stored())
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Records of the stages that ended well, by name, in order."""
+        return {name: read_json(self._record(name)) for name in STAGES if self._record(name).exists()}
+
+    def fail(self, stage: StageName, message: str, exit_code: int) -> None:
+        """Record why a stage ended, for the process that started the pipeline; the orchestrator loses exit codes."""
+        write_json(self._failure, {"stage": stage, "message": message, "exit_code": exit_code})
+
+    def failure(self) -> dict[str, Any] | None:
+        """What ``fail`` recorded in this attempt, or none."""
+        return read_json(self._failure) if self._failure.exists() else None
+
+    @property
+    def _failure(self) -> Path:
+        return self.run / "failure.json"
+
+    def _record(self, name: StageName) -> Path:
+        return self.run / f"{name}.json"
+
+
+def require(path: Path, *, command: str, what: str) -> Path:
+    """``path``, or IntegrityError saying which command makes it."""
+    if not path.exists():
+        raise IntegrityError(f"There is no {what} for these settings ({path} is missing). Run '{command}' first.")
+    return path

@@ -1,0 +1,185 @@
+"""Fixtures shared by all tests: a clean environment, a tiny teacher, settings of a run that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teefusion.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the developer's own settings or tracking server reaches a test."""
+    for name in list(os.environ):
+        if name.startswith(("TEEFUSION_", "MLFLOW_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a random SD3 of a few thousand parameters: every part real, nothing trained."""
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    make_tiny_teacher(folder)
+    return folder
+
+
+def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
+    """Random weights from ``seed``, 16-pixel pictures, 2 layers of width 16."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    letters = [chr(code) for code in range(97, 123)]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32)
+    text = CLIPTextConfig(
+        vocab_size=len(names),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.5,
+        shift_factor=0.05,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP folder with random weights, 16-pixel pictures."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny-scorer")
+    letters = [chr(code) for code in range(97, 123)]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = shared | {
+        "vocab_size": len(names),
+        "max_position_embeddings": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = shared | {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    """Sixty prompts in two styles."""
+    path = tmp_path / "prompts.jsonl"
+    words = ("red", "blue", "green", "black", "white", "pink")
+    shapes = ("star", "moon", "ring", "box", "cross")
+    lines = [
+        json.dumps({"prompt": f"a {word} {shape} {style}", "style": style})
+        for style in ("anime", "photo")
+        for word in words
+        for shape in shapes
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path, tiny_teacher: Path, tiny_scorer: Path, prompt_file: Path) -> Callable[..., Settings]:
+    """Pinned settings of a tiny run in ``tmp_path/work``; keyword ``overrides`` are dotted keys."""
+    from teefusion.sources import pin
+
+    def make(overrides: dict[str, Any] | None = None) -> Settings:
+        return pin(
+            load_settings(
+                overrides=tiny_overrides(tmp_path, tiny_teacher, tiny_scorer, prompt_file) | (overrides or {})
+            )
+        )
+
+    return make
+
+
+def tiny_overrides(workdir: Path, teacher: Path, scorer: Path, prompts: Path) -> dict[str, Any]:
+    """Dotted settings of a run of seconds."""
+    return {
+        "workdir": workdir / "work",
+        "device": "cpu",
+        "teacher.name": str(teacher),
+        "teacher.max_sequence_length": 0,
+        "prompts.source": str(prompts),
+        "prompts.heldout_fraction": 0.4,
+        "strategy.num_steps": 4,
+        "targets.trajectories": 12,
+        "targets.heldout_trajectories": 4,
+        "targets.states_per_trajectory": 3,
+        "targets.shard_trajectories": 4,
+        "targets.batch_size": 4,
+        "train.steps": 6,
+        "train.batch_size": 4,
+        "train.warmup_steps": 1,
+        "train.log_every": 2,
+        "train.eval_every": 3,
+        "train.checkpoint_every": 2,
+        "evaluate.scorer": str(scorer),
+        "evaluate.prompts_per_style": 4,
+        "evaluate.batch_size": 4,
+        "evaluate.sweep": [1.0, 4.0],
+        "evaluate.sweep_prompts": 2,
+        "gate.min_prompts": 2,
+        "gate.resamples": 1000,
+    }

@@ -1,0 +1,512 @@
+"""Prompt sets: every format, every way a source can be bad, and what a set promises."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teefusion import prompts as prompts_module
+from teefusion.errors import IntegrityError, PromptError, StorageError
+from teefusion.prompts import (
+    HPS_STYLES,
+    Prompt,
+    PromptSet,
+    build_prompt_set,
+    load_prompt_set,
+    normalise,
+    read_prompts,
+    source_digest,
+    write_prompt_set,
+)
+
+GIB = 1 << 30
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def build(texts: list[str], *, heldout_fraction: float = 0.5, max_chars: int = 100) -> PromptSet:
+    return build_prompt_set(map(Prompt, texts), heldout_fraction=heldout_fraction, max_chars=max_chars)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "\ufeffa star\r\n\n  a moon", [("a star", "unstyled"), ("", "unstyled"), ("  a moon", "unstyled")]),
+        ("A.TXT", "a star\n", [("a star", "unstyled")]),
+        (
+            "a.jsonl",
+            '"a star"\n\n{"prompt": "a moon", "style": "ink", "seed": 3}\n{"prompt": "a box", "style": null}',
+            [("a star", "unstyled"), ("a moon", "ink"), ("a box", "unstyled")],
+        ),
+        ("a.json", '["a star",\n {"prompt": "a moon", "style": "ink"}]', [("a star", "unstyled"), ("a moon", "ink")]),
+        (
+            "concept-art.json",
+            '["a star", {"prompt": "a moon", "style": "ink"}]',
+            [("a star", "concept-art"), ("a moon", "ink")],
+        ),
+        ("anime.jsonl", '"a star"\n', [("a star", "unstyled")]),
+        (
+            "a.csv",
+            'style,prompt,seed\nink,"a star, red",1\n\n,"a\nmoon",2\n',
+            [("a star, red", "ink"), ("a\nmoon", "unstyled")],
+        ),
+        ("b.csv", "\ufeffprompt\r\na star\r\n", [("a star", "unstyled")]),
+    ],
+)
+def test_text_formats_are_read_as_they_stand(
+    tmp_path: Path, name: str, content: str, expected: list[tuple[str, str]]
+) -> None:
+    assert list(read_prompts(write(tmp_path / name, content))) == [Prompt(*pair) for pair in expected]
+
+
+def test_parquet_is_read_with_missing_values_as_empty_prompts(tmp_path: Path) -> None:
+    columns = {"picture": [b"1", b"2", b"3"], "style": ["ink", None, None], "prompt": ["a star", None, "a moon"]}
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    assert list(read_prompts(path)) == [Prompt("a star", "ink"), Prompt("", "unstyled"), Prompt("a moon", "unstyled")]
+
+
+def test_parquet_string_types_all_read_alike(tmp_path: Path) -> None:
+    import pyarrow
+
+    plain = pyarrow.array(["a star", "a moon"])
+    for number, column in enumerate((plain, plain.cast("large_string"), plain.dictionary_encode())):
+        path = write_parquet(tmp_path / f"{number}.parquet", {"prompt": column})
+        assert [prompt.text for prompt in read_prompts(path)] == ["a star", "a moon"]
+
+
+def test_a_folder_of_the_hps_benchmark_gives_each_list_its_style(tmp_path: Path) -> None:
+    for style in HPS_STYLES:
+        write(tmp_path / f"{style}.json", json.dumps([f"{style} 1", f"{style} 2"]))
+    write(tmp_path / "other.json", '["not read"]')
+    expected = [Prompt(f"{style} {k}", style) for style in HPS_STYLES for k in (1, 2)]
+    assert list(read_prompts(tmp_path)) == expected
+
+
+def test_reading_streams(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"a picture of a star\n" * 500_000)  # 10 MB
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_prompts(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 500_000
+    assert peak < GIB >> 10
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json"])
+@pytest.mark.parametrize("head", [b"", b"a" * 100_000])
+def test_a_line_of_one_gigabyte_is_refused_in_small_memory(tmp_path: Path, suffix: str, head: bytes) -> None:
+    path = write(tmp_path / f"a.{suffix}", head)
+    os.truncate(path, GIB)  # sparse: takes no room
+    tracemalloc.start()
+    try:
+        with pytest.raises(PromptError, match=r"line 1 \(from byte 0\) is longer than 64 KiB|larger than 256 MiB"):
+            list(read_prompts(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < GIB >> 10
+
+
+@pytest.mark.parametrize(("length", "fits"), [(64 << 10, True), ((64 << 10) + 1, False)])
+def test_the_longest_line_is_64_kib(tmp_path: Path, length: int, fits: bool) -> None:
+    path = write(tmp_path / "a.txt", b"first\n" + b"a" * (length - 1) + b"\nlast\n")
+    if fits:
+        assert [len(prompt.text) for prompt in read_prompts(path)] == [5, length - 1, 4]
+    else:
+        with pytest.raises(PromptError, match=r"line 2 \(from byte 6\) is longer than 64 KiB"):
+            list(read_prompts(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt is empty \(0 bytes\)\. Write prompts"),
+        ("a.json", b"[]", r"a\.json holds no prompt"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl holds no prompt"),
+        ("a.csv", b"prompt,style\n", r"a\.csv holds no prompt"),
+        ("a.doc", b"a star", r"unknown suffix \(\.doc\)\. Use one of \.txt, \.jsonl, \.json, \.csv, \.parquet"),
+        ("prompts", b"a star", r"unknown suffix \(none\)"),
+        ("a.txt", b"a star\na \0 moon", r"line 2 \(byte 9\) holds a NUL byte.*Save the prompts as UTF-8"),
+        ("a.txt", b"\xff\xfea\0 \0s\0t\0a\0r\0", r"line 1 \(byte 3\) holds a NUL byte.*UTF-16"),
+        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"line 1 \(byte 0\) holds byte 0x89, which is not UTF-8"),
+        ("a.txt", b"a star\na caf\xe9\n", r"line 2 \(byte 12\) holds byte 0xe9, which is not UTF-8.*Save"),
+        ("a.txt", b"\xef\xbb\xbfa caf\xe9", r"line 1 \(byte 8\) holds byte 0xe9"),
+        ("a.jsonl", b'"a star"\n"a caf\xe9"\n', r"line 2 \(byte 15\) holds byte 0xe9"),
+        ("a.csv", b'prompt\na star\n"a caf\xe9"\n', r"line 3 \(byte 20\) holds byte 0xe9"),
+        ("a.json", b'["a star",\n "a caf\xe9"]', r"line 2 \(byte 18\) holds byte 0xe9"),
+        ("a.jsonl", b'"a star"\n\n{"prompt": }\n', r"a\.jsonl, line 3, column 12 is not valid JSON: Expecting value"),
+        ("a.jsonl", b'{"prompt":\n"a star"}', r"a\.jsonl, line 1, column 11 is not valid JSON.*one string or object a"),
+        ("a.json", b'["a star",\n "a moon"\n "a box"]', r"a\.json, line 3, column 2 is not valid JSON: Expecting ','"),
+        ("a.json", b"[" * 50_000, r"a\.json holds JSON that is no prompt"),
+        ("a.jsonl", b"[" * 50_000, r"a\.jsonl, line 1 holds JSON that is no prompt"),
+        ("a.jsonl", b"9" * 50_000, r"a\.jsonl, line 1 holds JSON that is no prompt"),
+        ("a.json", b'{"prompt": "a star"}', r"a\.json holds a JSON object\. Make it a list"),
+        ("a.json", b'["a star", 3]', r"a\.json, item 2: number\. Write a string, or an object"),
+        ("a.json", b'["a star", ["a moon"]]', r"item 2: list\."),
+        ("a.jsonl", b'"a star"\n{"text": "a moon"}', r"a\.jsonl, line 2: 'prompt' is null"),
+        ("a.jsonl", b'{"prompt": true}', r"line 1: 'prompt' is boolean"),
+        ("a.jsonl", b'{"prompt": "a star", "style": 3}', r"line 1: style '3' cannot be used.*at most 64 characters"),
+        ("a.jsonl", b'{"prompt": "a", "style": " overall"}', r"line 1: style ' overall' cannot be used"),
+        ("a.jsonl", b'{"prompt": "a", "style": "\\u0007"}', r"line 1: style '\\x07' cannot be used"),
+        ("a.csv", b"prompt,style\na," + b"s" * 65, r"a\.csv, line 2: style 's{65}' cannot be used"),
+        ("a.csv", b"text,style\na star,ink\n", r"has no column 'prompt' \(its columns: 'text', 'style'\)"),
+        ("a.csv", b"prompt\na star, red\n", r"a\.csv, line 2 has 2 fields, the header 1\. Put prompts .* in quotes"),
+        ("a.csv", b"prompt,style\na star\n", r"a\.csv, line 2 has 1 fields, the header 2"),
+        ("a.csv", b'prompt\n"a star\n', r"a\.csv, line 2 is not valid CSV: unexpected end of data\. Check its quotes"),
+        ("a.csv", b'prompt\n"' + b"a star\n" * 50_000, r"is not valid CSV: field larger than field limit"),
+        ("a.parquet", b"PAR1 but no table PAR1", r"a\.parquet is not readable as parquet"),
+    ],
+)
+def test_bad_content_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        list(read_prompts(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "a.txt", r"a\.txt does not exist\. Check"),
+        (lambda path: path, r"lacks anime\.json, concept-art\.json, paintings\.json, photo\.json: .* one prompt file"),
+        (
+            lambda path: write(path / "photo.json", "[]").parent,
+            r"lacks anime\.json, concept-art\.json, paintings\.json:",
+        ),
+        (lambda path: (path / "a.txt").symlink_to("a.txt") or path / "a.txt", r"Cannot read .*a\.txt: Too many levels"),
+        (lambda path: os.mkfifo(path / "a.txt") or path / "a.txt", r"a\.txt is no regular file"),
+        (lambda path: write(path / "a.txt", "") / "b.txt", r"Cannot read .*b\.txt: Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("use", [read_prompts, source_digest])
+def test_a_path_that_cannot_be_a_source_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], Path], message: str, use: Callable[[Path], object]
+) -> None:
+    with pytest.raises(PromptError, match=message):
+        use(make(tmp_path))
+
+
+def test_a_read_that_fails_half_way_is_a_prompt_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a star\n")
+    prompts = read_prompts(path)
+    path.unlink()
+    with pytest.raises(PromptError, match=r"Cannot read .*a\.txt: No such file"):
+        list(prompts)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a star"]}, r"no column 'prompt' \(its columns: 'text'\)"),
+        ({"prompt": ["a", "b"], "style": ["ink", "overall"]}, r"row 2: style 'overall' cannot be used"),
+        ({"prompt": [3]}, r"row 1: 'prompt' is number"),
+        ({"prompt": [b"\xff"]}, r"row 1: 'prompt' is bytes"),
+    ],
+)
+def test_bad_parquet_tables_are_refused(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        list(read_prompts(write_parquet(tmp_path / "a.parquet", columns)))
+
+
+def test_truncated_parquet_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"prompt": ["a star"] * 100})
+    write(path, path.read_bytes()[:-1])
+    with pytest.raises(PromptError, match="not readable as parquet"):
+        list(read_prompts(path))
+
+
+def test_a_parquet_row_group_that_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "_MAX_ROW_GROUP_BYTES", 4 << 20)
+    columns = {"prompt": [f"{k:>1000}" for k in range(10_000)], "picture": [os.urandom(100)] * 10_000}
+    assert sum(1 for _ in read_prompts(write_parquet(tmp_path / "a.parquet", columns, row_group_size=1000))) == 10_000
+    with pytest.raises(PromptError, match=r"row group 0 has \d+ MiB of prompts, more than 4\. .*row_group_size"):
+        list(read_prompts(write_parquet(tmp_path / "b.parquet", columns)))
+
+
+def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(PromptError, match=r"takes pyarrow, .*pip install 'teefusion\[train\]'"):
+        list(read_prompts(write(tmp_path / "a.parquet", "PAR1")))
+
+
+def test_importing_prompts_loads_nothing_heavy() -> None:
+    code = "import sys, teefusion.prompts; print(sorted({'torch', 'kfp', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Source digest -------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_digest_follows_content_and_how_it_is_read_but_not_where_it_lies(tmp_path: Path) -> None:
+    data = '["a star"]'
+    digest = source_digest(write(tmp_path / "a.json", data))
+    assert len(digest) == 64
+    assert source_digest(write(tmp_path / "b.json", data)) == digest
+    different = [write(tmp_path / name, data) for name in ("a.txt", "a.jsonl", "anime.json", "photo.json")]
+    different.append(write(tmp_path / "c.json", '["a moon"]'))
+    assert len({digest, *map(source_digest, different)}) == 6
+
+
+def test_the_digest_of_a_folder_sees_each_of_its_lists(tmp_path: Path) -> None:
+    for style in HPS_STYLES:
+        write(tmp_path / f"{style}.json", '["a star"]')
+    digests = {source_digest(tmp_path)}
+    write(tmp_path / "readme.md", "not a list")
+    assert digests == {source_digest(tmp_path)}
+    for style in HPS_STYLES:
+        write(tmp_path / f"{style}.json", '["a moon"]')
+        digests.add(source_digest(tmp_path))
+    assert len(digests) == 5
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180's example; 0.7284 of the range
+
+
+def test_the_digest_is_sha256_of_the_case_folded_text_and_ignores_the_style() -> None:
+    assert Prompt("aBc", "ink").digest == Prompt("abc").digest == ABC
+    assert Prompt("cafe\u0301").digest == Prompt("CAF\u00c9").digest != Prompt("cafe").digest
+
+
+@pytest.mark.parametrize(("fraction", "heldout"), [(0.728, False), (0.729, True)])
+def test_a_prompt_is_held_out_when_its_digest_lies_below_the_fraction(fraction: float, heldout: bool) -> None:
+    prompts = build(["abc", *map(str, range(50))], heldout_fraction=fraction)
+    assert (Prompt("abc") in prompts.heldout, Prompt("abc") in prompts.train) == (heldout, not heldout)
+
+
+def test_texts_are_normalised_and_the_rest_is_dropped_and_counted() -> None:
+    usable = [f"prompt {k}" for k in range(20)]
+    others = [
+        "  cafe\u0301\u00a0\n\t au  lait ",  # kept as "café au lait"
+        "CAF\u00c9 au lait",  # duplicate: composed already, other case
+        "STRASSE",  # kept; the next is it, case-folded
+        "stra\u00dfe",
+        "",
+        " \u2028\x1f ",
+        "a \x07 bell",
+        "half a pair \ud800",
+        "x" * 100,  # kept: the longest there may be
+        "x" * 101,
+        "  " * 500 + "y",  # kept: length counts after trimming
+    ]
+    prompts = build(usable + others)
+    kept = {prompt.text for prompt in prompts.train + prompts.heldout}
+    assert kept == {*usable, "caf\u00e9 au lait", "STRASSE", "x" * 100, "y"}
+    assert prompts.dropped == {"duplicate": 2, "empty": 2, "not_text": 2, "too_long": 1}
+    assert prompts.read == 31
+
+
+def test_of_duplicates_the_first_stays_with_its_style() -> None:
+    source = [Prompt(f"{word} {k}", style) for word, style in (("A", " ink "), ("a", "photo")) for k in range(20)]
+    prompts = build_prompt_set(source, heldout_fraction=0.5, max_chars=100)
+    kept = prompts.train + prompts.heldout
+    assert len(kept) == 20
+    assert {(prompt.text[0], prompt.style) for prompt in kept} == {("A", "ink")}
+
+
+def test_a_text_that_composes_to_the_longest_length_is_kept() -> None:
+    decomposed = "\u03b1\u0313\u0300\u0345" * 100  # each four compose to U+1F82
+    prompts = build([decomposed, *map(str, range(20))])
+    assert Prompt("\u1f82" * 100) in prompts.train + prompts.heldout
+    assert prompts.dropped == {}
+
+
+@pytest.mark.timeout(20)
+def test_a_long_run_of_combining_marks_takes_no_quadratic_time() -> None:
+    assert build(["a" + "\u0301\u0323" * 500_000, *map(str, range(20))]).dropped == {"too_long": 1}
+
+
+@pytest.mark.parametrize(
+    ("texts", "fraction", "message"),
+    [
+        ([], 0.5, r"No usable prompt: 0 read, 0 dropped\. Give a source with at least"),
+        (
+            [" ", "x" * 101],
+            0.5,
+            r"2 read, 2 dropped \(1 empty, 1 too_long\)\. Give .* raise prompts\.max_chars \(100\)",
+        ),
+        (
+            ["abc", "ABC"],
+            0.5,
+            r"No held-out prompt: 2 read, 1 dropped \(1 duplicate\), 1 for training and 0 held out, "
+            r"by content hash \(prompts\.heldout_fraction 0\.5\)\. Add prompts, or raise",
+        ),
+        (["abc"], 0.75, r"No training prompt: 1 read, 0 dropped, 0 for training and 1 held out.* or lower"),
+    ],
+)
+def test_an_empty_split_is_explained_with_its_arithmetic(texts: list[str], fraction: float, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        build(texts, heldout_fraction=fraction)
+
+
+# With these two in every set, neither split at 0.5 is empty: ABC's digest is above, sha256("4") = 4b227777... below.
+ANCHORS = ["abc", "4"]
+any_text = st.text(max_size=20)
+
+
+@given(any_text)
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    once = normalise(text)
+    assert normalise(once) == once
+    assert once == once.strip()
+    assert Prompt(once).digest == Prompt(normalise(f" {text}\n")).digest
+
+
+@given(st.lists(any_text), st.lists(any_text), st.floats(0.3, 0.7))
+def test_adding_prompts_moves_none_to_the_other_split(texts: list[str], added: list[str], fraction: float) -> None:
+    before, after = (build([*ANCHORS, *some], heldout_fraction=fraction) for some in (texts, texts + added))
+    assert set(before.train) <= set(after.train)
+    assert set(before.heldout) <= set(after.heldout)
+
+
+@given(st.lists(any_text, unique_by=lambda text: Prompt(normalise(text)).digest), st.randoms(use_true_random=False))
+def test_the_order_of_the_source_does_not_matter(texts: list[str], random: Any) -> None:
+    source = list(dict.fromkeys([*ANCHORS, *texts]))
+    source = [text for text in source if text in ANCHORS or normalise(text).casefold() not in ANCHORS]
+    shuffled = random.sample(source, len(source))
+    assert build(shuffled) == build(source)
+    assert build(shuffled).sha256 == build(source).sha256
+
+
+@given(st.lists(any_text))
+def test_every_prompt_is_kept_once_or_counted(texts: list[str]) -> None:
+    prompts = build([*ANCHORS, *texts])
+    digests = [[prompt.digest for prompt in split] for split in (prompts.train, prompts.heldout)]
+    assert [sorted(set(split)) for split in digests] == digests
+    assert not set(digests[0]) & set(digests[1])
+    assert len(digests[0]) + len(digests[1]) + sum(prompts.dropped.values()) == prompts.read == len(texts) + 2
+
+
+def test_the_name_of_a_set_covers_texts_styles_and_split_but_not_what_was_dropped() -> None:
+    one, two = Prompt("abc"), Prompt("4")
+    sets = [
+        PromptSet((one,), (two,), {}, 2),
+        PromptSet((one,), (two,), {"empty": 1}, 3),
+        PromptSet((two,), (one,), {}, 2),
+        PromptSet((one, two), (), {}, 2),
+        PromptSet((Prompt("ABC"),), (two,), {}, 2),
+        PromptSet((Prompt("abc", "ink"),), (two,), {}, 2),
+    ]
+    assert sets[0].sha256 == sets[1].sha256
+    assert len({prompts.sha256 for prompts in sets}) == 5
+
+
+# Storing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A stored set with every kind of count, and texts that need escaping."""
+    texts = [*ANCHORS, "4", "", 'a "star"', "caf\u00e9 \u2603", "x" * 101, "\x07"]
+    write_prompt_set(tmp_path / "set", build(texts))
+    return tmp_path / "set"
+
+
+def test_a_set_survives_storing(stored: Path) -> None:
+    texts = [*ANCHORS, "4", "", 'a "star"', "caf\u00e9 \u2603", "x" * 101, "\x07"]
+    loaded = load_prompt_set(stored)
+    assert loaded == build(texts)
+    assert loaded.sha256 == build(texts).sha256
+    assert json.loads((stored / "manifest.json").read_text())["prompt_set"] == loaded.sha256
+    assert sorted(path.name for path in stored.iterdir()) == ["heldout.jsonl", "manifest.json", "train.jsonl"]
+
+
+def test_a_stored_split_is_a_source_again(stored: Path) -> None:
+    assert tuple(read_prompts(stored / "train.jsonl")) == load_prompt_set(stored).train
+
+
+def test_equal_sets_are_stored_in_equal_bytes(stored: Path, tmp_path: Path) -> None:
+    write_prompt_set(tmp_path / "again", load_prompt_set(stored))
+    for path in stored.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl", "manifest.json"])
+def test_any_flipped_bit_is_refused(stored: Path, name: str) -> None:
+    path = stored / name
+    data = path.read_bytes()
+    advice = rf"{name} is not what 'teefusion ingest' wrote.*Delete .*set and run 'teefusion ingest' again"
+    for position in range(len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            with pytest.raises(IntegrityError, match=advice):
+                load_prompt_set(stored)
+    path.write_bytes(data)
+    load_prompt_set(stored)
+
+
+def edit_manifest(folder: Path, **values: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), r"no finished prompt set: manifest\.json is missing"),
+        (lambda folder: (folder / "heldout.jsonl").unlink(), r"heldout\.jsonl .*: it is missing\. Delete"),
+        (lambda folder: os.truncate(folder / "train.jsonl", 5), r"train\.jsonl .*: sha256 is"),
+        (
+            lambda folder: edit_manifest(folder, schema_version=2),
+            r"has schema version 2, this program reads 1\. Delete",
+        ),
+        (lambda folder: write(folder / "manifest.json", "[]"), r"has schema version None"),
+        (lambda folder: write(folder / "manifest.json", "{"), r"not valid JSON\. Delete"),
+        (lambda folder: edit_manifest(folder, train={"sha256": "0"}), r"train\.prompts: Field required"),
+        (lambda folder: edit_manifest(folder, read=9), r"do not add up"),
+        (lambda folder: edit_manifest(folder, prompt_set="0" * 64), r"prompt_set is not the digest"),
+    ],
+)
+def test_a_damaged_set_is_refused(stored: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(stored)
+    with pytest.raises(IntegrityError, match=message):
+        load_prompt_set(stored)
+
+
+@pytest.mark.parametrize("finished", range(3))
+def test_a_full_disk_leaves_no_set_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    replace, calls = os.replace, []
+
+    def fill_up(source: str, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > finished:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fill_up)
+    with pytest.raises(StorageError, match="no space left"):
+        write_prompt_set(tmp_path, build(ANCHORS))
+    with pytest.raises(IntegrityError, match="no finished prompt set"):
+        load_prompt_set(tmp_path)
+    monkeypatch.setattr(os, "replace", replace)
+    write_prompt_set(tmp_path, build(ANCHORS))
+    assert load_prompt_set(tmp_path) == build(ANCHORS)
