@@ -1,0 +1,135 @@
+"""The equation: guidance scale and text direction fused into the vector that conditions the transformer.
+
+TeEFusion (ICCV 2025, arXiv 2507.18192) replaces the stock conditioning ``G(psi(t)) + F(c)`` by
+
+    temb = G(psi(t)) + F(c) + G(psi(frequency * g)) * F(c - null) / divisor
+
+with ``psi`` the sinusoid, ``G`` the timestep MLP, ``F`` the pooled-text MLP, ``c`` and ``null`` the pooled embeddings
+of the prompt and of the empty prompt, ``g`` the guidance. All of ``G`` and ``F`` is the teacher's: no new parameter.
+
+Axes: B = pictures in the batch, P = width of the pooled text, D = width of the conditioning vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Variant = Literal["published", "paper", "balanced"]
+
+
+class Fusion(BaseModel):
+    """Constants of the fused term; saved with every student, since its weights mean nothing without them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variant: Variant
+    frequency: float = Field(default=1000.0, gt=0)
+    """What ``g`` is multiplied with before the sinusoid; timesteps run to 1000, so 1000 spreads ``g`` over it."""
+    divisor: float = Field(default=1.0, gt=0)
+    """What the term is divided by."""
+
+
+def make_fusion(variant: Variant, *, term_rms: float = 1.0, temb_rms: float = 1.0) -> Fusion:
+    """Constants of a variant. The two sizes, measured on the teacher, are used by ``balanced`` alone.
+
+    ``published`` has the factors of the authors' released pipeline, which their formula does not show; ``paper`` is
+    the formula with no divisor. ``balanced`` makes the term start as large as the conditioning it is added to, in
+    teachers of any size: /256 starves a small teacher of the signal (docs/method.md).
+    """
+    if variant == "published":
+        return Fusion(variant=variant, divisor=256.0)
+    if variant == "paper":
+        return Fusion(variant=variant)
+    return Fusion(variant=variant, divisor=term_rms / temb_rms)
+
+
+def pack(pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> Tensor:
+    """One conditioning tensor [B, 2P + 1] of pooled text, null text and guidance scale, float32.
+
+    The stock transformer hands ``pooled_projections`` to its conditioning module and to nothing else, so what travels
+    inside it needs no global state: a forward stays correct under torch.compile, gradient checkpointing, sharding and
+    threads. float32 because a guidance scale in bfloat16 keeps three digits.
+    """
+    count = pooled_BP.shape[0]
+    null_BP = null_P.float().expand(count, -1)
+    guidance_B1 = guidance_B.to(pooled_BP.device, torch.float32).expand(count)[:, None]
+    return torch.cat([pooled_BP.float(), null_BP, guidance_B1], dim=-1)
+
+
+class FusedConditioning(nn.Module):
+    """Takes the place of a transformer's ``time_text_embed``, reuses its modules, and keeps their parameter names.
+
+    So a student's state dict is the teacher's, name by name and shape by shape, and loads into the stock class.
+    """
+
+    time_proj: Any
+    timestep_embedder: Any
+    text_embedder: Any
+
+    def __init__(self, stock: Any, fusion: Fusion) -> None:
+        super().__init__()
+        self.time_proj = stock.time_proj
+        self.timestep_embedder = stock.timestep_embedder
+        self.text_embedder = stock.text_embedder
+        self.fusion = fusion
+        self.pooled_width = int(self.text_embedder.linear_1.in_features)
+
+    def forward(self, timestep: Tensor, packed: Tensor) -> Tensor:
+        """Conditioning [B, D] from timesteps [B] in 0..1000 and the tensor [B, 2P + 1] made by ``pack``."""
+        width = self.pooled_width
+        if packed.shape[-1] != 2 * width + 1:
+            raise ValueError(
+                f"A fused transformer needs pooled_projections of width {2 * width + 1} (pooled text, null text and "
+                f"guidance, made by teefusion.fusion.pack), got {packed.shape[-1]}. Use a TeEFusion pipeline."
+            )
+        pooled_BP, null_BP, guidance_B1 = packed.split([width, width, 1], dim=-1)
+        time_BD, text_BD = self._time(timestep), self._text(pooled_BP)
+        strength_BD = self._time(guidance_B1[:, 0] * self.fusion.frequency)
+        direction_BD = self._text(pooled_BP - null_BP)
+        # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.
+        term_BD = strength_BD.float() * direction_BD.float() / self.fusion.divisor
+        return (time_BD.float() + text_BD.float() + term_BD).to(time_BD.dtype)
+
+    def _time(self, value_B: Tensor) -> Tensor:
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        return self.timestep_embedder(self.time_proj(value_B).to(dtype))  # type: ignore[no-any-return]
+
+    def _text(self, pooled_BP: Tensor) -> Tensor:
+        return self.text_embedder(pooled_BP.to(self.text_embedder.linear_1.weight.dtype))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def measure_sizes(stock: Any, pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> dict[str, float]:
+    """Root mean squares of the undivided fused term and of the conditioning it joins, over the given prompts.
+
+    Returns ``term_rms`` and ``temb_rms`` for ``make_fusion``. Timesteps run evenly over 1000..0.
+    """
+    probe = FusedConditioning(stock, Fusion(variant="paper"))
+    timestep_B = torch.linspace(1000.0, 0.0, pooled_BP.shape[0], device=pooled_BP.device)
+    temb_BD = (probe._time(timestep_B) + probe._text(pooled_BP)).float()
+    fused_BD = probe(timestep_B, pack(pooled_BP, null_P, guidance_B)).float()
+    return {"term_rms": _rms(fused_BD - temb_BD), "temb_rms": _rms(temb_BD)}
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def fuse(transformer: Any, fusion: Fusion) -> Any:
+    """Swap the conditioning module in place; the transformer then takes ``pack(...)`` as pooled_projections."""
+    if isinstance(transformer.time_text_embed, FusedConditioning):
+        raise ValueError("This transformer is fused already.")
+    before = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+    transformer.time_text_embed = FusedConditioning(transformer.time_text_embed, fusion)
+    after = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+    assert before == after, "fusion must keep every parameter's name and shape"
+    return transformer
+
+
+def fusion_from_config(config: dict[str, Any]) -> Fusion:
+    """Constants as stored with a student. Raises pydantic's ValidationError for anything else."""
+    return Fusion.model_validate(config)

@@ -1,0 +1,106 @@
+"""The fused conditioning against the formula written out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from teefusion.fusion import FusedConditioning, Fusion, fuse, make_fusion, measure_sizes, pack
+
+
+@pytest.fixture
+def transformer(tiny_teacher: Path) -> Any:
+    return SD3Transformer2DModel.from_pretrained(tiny_teacher / "transformer")
+
+
+def by_hand(state: dict[str, Tensor], t: float, c: Tensor, null: Tensor, s: float, fusion: Fusion) -> Tensor:
+    """Temb of one picture, in float64, from the weights alone."""
+    w = {name.removeprefix("time_text_embed."): value.double() for name, value in state.items()}
+
+    def psi(value: float) -> Tensor:
+        frequency = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
+        return torch.cat([torch.cos(value * frequency), torch.sin(value * frequency)])
+
+    def mlp(name: str, x: Tensor) -> Tensor:
+        hidden = w[f"{name}.linear_1.weight"] @ x + w[f"{name}.linear_1.bias"]
+        return w[f"{name}.linear_2.weight"] @ (hidden * torch.sigmoid(hidden)) + w[f"{name}.linear_2.bias"]
+
+    g = mlp("timestep_embedder", psi(fusion.frequency * s))
+    f = mlp("text_embedder", c.double() - null.double())
+    return mlp("timestep_embedder", psi(t)) + mlp("text_embedder", c.double()) + g * f / fusion.divisor
+
+
+@pytest.mark.parametrize("variant", ["published", "paper", "balanced"])
+def test_fused_conditioning_is_the_formula(transformer: Any, variant: Any) -> None:
+    torch.manual_seed(0)
+    state = transformer.state_dict()
+    fusion = make_fusion(variant, term_rms=3.0, temb_rms=2.0)
+    fuse(transformer, fusion)
+    pooled, null = torch.randn(3, 32), torch.randn(32)
+    scale, t = torch.tensor([1.0, 4.5, 20.0]), torch.tensor([1000.0, 437.5, 8.93])
+    got = transformer.time_text_embed(t, pack(pooled, null, scale))
+    expected = torch.stack([by_hand(state, float(t[k]), pooled[k], null, float(scale[k]), fusion) for k in range(3)])
+    # float32 sinusoids of arguments up to 20,000 carry about 1e-3 of rounding
+    torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_published_divides_by_256_and_paper_does_not() -> None:
+    assert (make_fusion("published").frequency, make_fusion("published").divisor) == (1000.0, 256.0)
+    assert (make_fusion("paper").frequency, make_fusion("paper").divisor) == (1000.0, 1.0)
+
+
+def test_balanced_divides_by_the_ratio_of_sizes() -> None:
+    assert make_fusion("balanced", term_rms=6.0, temb_rms=1.5).divisor == 4.0
+
+
+def test_balanced_term_starts_as_large_as_the_conditioning(transformer: Any) -> None:
+    torch.manual_seed(0)
+    pooled, null, scale = torch.randn(64, 32), torch.randn(32), torch.linspace(1, 7, 64)
+    stock = transformer.time_text_embed
+    sizes = measure_sizes(stock, pooled, null, scale)
+    t = torch.linspace(1000.0, 0.0, 64)
+    temb = stock(t, pooled)
+    fused = FusedConditioning(stock, make_fusion("balanced", **sizes))(t, pack(pooled, null, scale))
+    ratio = (fused - temb).square().mean().sqrt() / temb.square().mean().sqrt()
+    assert float(ratio) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_fusing_adds_no_parameter_and_keeps_every_name_and_shape(transformer: Any) -> None:
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    fuse(transformer, make_fusion("published"))
+    after = transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_fused_weights_load_into_the_stock_class(transformer: Any) -> None:
+    fuse(transformer, make_fusion("paper"))
+    stock = SD3Transformer2DModel.from_config(transformer.config)
+    assert stock.load_state_dict(transformer.state_dict(), strict=True).missing_keys == []
+
+
+def test_guidance_keeps_float32_precision_in_a_bfloat16_model(transformer: Any) -> None:
+    """bfloat16 would round 1000 * 7.5 and 1000 * 7.51 to one number."""
+    fuse(transformer.to(torch.bfloat16), make_fusion("paper"))
+    pooled, t = torch.randn(1, 32, dtype=torch.bfloat16), torch.tensor([500.0])
+    near = [transformer.time_text_embed(t, pack(pooled, pooled[0] * 0, torch.tensor([s]))) for s in (7.5, 7.51)]
+    assert near[0].dtype == torch.bfloat16
+    assert not torch.equal(*near)
+
+
+def test_unpacked_text_is_refused_with_the_width_it_needs(transformer: Any) -> None:
+    fuse(transformer, make_fusion("paper"))
+    with pytest.raises(ValueError, match="width 65"):
+        transformer.time_text_embed(torch.tensor([1.0]), torch.zeros(1, 32))
+
+
+def test_fusing_twice_is_refused(transformer: Any) -> None:
+    fuse(transformer, make_fusion("paper"))
+    with pytest.raises(ValueError, match="fused already"):
+        fuse(transformer, make_fusion("paper"))
