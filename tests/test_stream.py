@@ -1,0 +1,85 @@
+"""The order of states is a function of seed and position alone."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from teefusion import stream as stream_module
+from teefusion.errors import TrainingError
+from teefusion.manifests import FileRecord, Manifest, SplitRecord
+from teefusion.shards import write_tensors
+from teefusion.stream import StateStream
+
+SHARDS, ROWS = 7, 10
+
+
+@pytest.fixture
+def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateStream:
+    """Seventy rows whose sigma is their own number, in windows of three shards."""
+    monkeypatch.setattr(stream_module, "WINDOW_SHARDS", 3)
+    states = tuple(_shard(tmp_path, k) for k in range(SHARDS))
+    tokens = torch.arange(4.0).view(4, 1, 1)
+    embeddings = write_tensors(tmp_path, "embeddings/train-00000", {"tokens": tokens, "pooled": tokens[:, 0].clone()})
+    split = SplitRecord(states=states, embeddings=(embeddings,), prompts_per_block=4)
+    manifest = Manifest.model_construct(train=split)
+    return StateStream(tmp_path, manifest, "train")
+
+
+def _shard(folder: Path, k: int) -> FileRecord:
+    numbers = torch.arange(k * ROWS, (k + 1) * ROWS)
+    picture = numbers.float().view(-1, 1, 1, 1)
+    rows = {"x": picture.clone(), "velocity": -picture, "sigma": numbers.float(), "guidance": numbers.float()}
+    return write_tensors(folder, f"states/{k}", rows | {"guidance_gap": numbers.float(), "prompt": numbers % 4})
+
+
+def numbers(stream: StateStream, count: int, **options: int) -> list[list[int]]:
+    batches = stream.batches(batch_size=8, seed=3, **options)
+    return [batch.sigma_B.int().tolist() for batch in islice(batches, count)]
+
+
+def test_an_epoch_shows_no_state_twice(stream: StateStream) -> None:
+    epoch = numbers(stream, 8)  # 70 rows make 8 batches of 8
+    seen = [row for batch in epoch for row in batch]
+    assert len(seen) == len(set(seen)) == 64
+    assert seen != sorted(seen)
+
+
+def test_epochs_differ_and_so_do_seeds(stream: StateStream) -> None:
+    batches = numbers(stream, 16)
+    assert batches[:8] != batches[8:]
+    other = [batch.sigma_B.int().tolist() for batch in islice(stream.batches(batch_size=8, seed=4), 8)]
+    assert batches[:8] != other
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 7, 8, 13, 24])
+def test_starting_anywhere_continues_the_same_order(stream: StateStream, start: int) -> None:
+    assert numbers(stream, 6, start=start) == numbers(stream, 30)[start : start + 6]
+
+
+def test_ranks_share_each_global_batch_between_them(stream: StateStream) -> None:
+    whole = numbers(stream, 10)
+    parts = [numbers(stream, 10, rank=rank, ranks=2) for rank in (0, 1)]
+    for k in range(10):
+        assert sorted(parts[0][k] + parts[1][k]) == sorted(whole[k])
+        assert not set(parts[0][k]) & set(parts[1][k])
+
+
+def test_rows_stay_together_and_bring_their_own_text(stream: StateStream) -> None:
+    batch = next(stream.batches(batch_size=8, seed=0))
+    torch.testing.assert_close(batch.x_BCHW.flatten(), batch.sigma_B)
+    torch.testing.assert_close(batch.velocity_BCHW.flatten(), -batch.sigma_B)
+    torch.testing.assert_close(batch.text.pooled_BP.flatten(), batch.sigma_B % 4)
+
+
+def test_in_order_gives_every_row_once(stream: StateStream) -> None:
+    rows = [int(value) for batch in stream.in_order(batch_size=4) for value in batch.sigma_B]
+    assert rows == list(range(SHARDS * ROWS))
+
+
+def test_a_batch_larger_than_the_set_is_refused_with_the_arithmetic(stream: StateStream) -> None:
+    with pytest.raises(TrainingError, match="batch_size is 71, but .* holds 70 training states"):
+        next(stream.batches(batch_size=71, seed=0))

@@ -1,0 +1,209 @@
+"""Target sets: reproducible, resumable, refused when they are not what their manifest says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from teefusion import targets as targets_module
+from teefusion.errors import IntegrityError, TrainingError
+from teefusion.families import TextEmbeddings
+from teefusion.manifests import FileRecord, Manifest, read_manifest
+from teefusion.prompts import PromptSet, load_prompt_set
+from teefusion.settings import Settings
+from teefusion.shards import finished, read_tensors, write_tensors
+from teefusion.stages.ingest import ingest
+from teefusion.strategies import make_strategy
+from teefusion.targets import draw, generate_targets, walk
+from teefusion.teachers import load_teacher
+
+Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def prompts(make_settings: Make) -> PromptSet:
+    return load_prompt_set(ingest(make_settings()).output)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def made(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> tuple[Path, Manifest]:
+    return tmp_path / "set", generate_targets(make_settings(), prompts, tmp_path / "set")
+
+
+def test_a_set_holds_what_was_asked_for(made: tuple[Path, Manifest]) -> None:
+    folder, manifest = made
+    assert manifest.train.rows == 12 * 3
+    assert manifest.heldout.rows == 4 * 3
+    assert [record.rows for record in manifest.train.states] == [12, 12, 12]
+    assert manifest.forwards == 16 * 2 * 4
+    rows = read_tensors(folder, manifest.train.states[0])
+    assert rows["x"].shape == rows["velocity"].shape == (12, 4, 8, 8)
+    assert rows["x"].dtype == torch.float32
+    assert bool(((rows["guidance"] >= 1) & (rows["guidance"] <= 7)).all())
+    assert len(set(rows["guidance"].tolist())) == 4  # one draw a trajectory
+    for name, value in zip(rows["step"].tolist(), rows["sigma"].tolist(), strict=True):
+        assert value == pytest.approx(manifest.sigmas[name])
+
+
+def test_stored_states_are_one_trajectory_of_the_teacher(
+    make_settings: Make, prompts: PromptSet, made: tuple[Path, Manifest]
+) -> None:
+    """Walk trajectory 5 again by hand: guided Euler steps from its own noise meet every stored state."""
+    settings, (folder, manifest) = make_settings(), made
+    teacher = load_teacher(settings.teacher, device="cpu")
+    plan = draw(settings, "train", 5, prompts.train[5], teacher.latent_shape)
+    text, null = teacher.encode([prompts.train[5].text]), teacher.encode([""])
+    rows = read_tensors(folder, manifest.train.states[1])
+    mine = rows["trajectory"] == 5
+    grid, x = teacher.grid(4), plan.noise_CHW[None]
+    stored = dict(
+        zip(rows["step"][mine].tolist(), zip(rows["x"][mine], rows["velocity"][mine], strict=True), strict=True)
+    )
+    assert tuple(stored) == plan.steps_K
+    for i in range(4):
+        t = grid.timesteps[i].expand(1)
+        with torch.no_grad():
+            v_c, v_u = (
+                teacher.pipeline.transformer(x, part.tokens_BTE, part.pooled_BP, t, return_dict=False)[0]
+                for part in (text, null)
+            )
+        velocity = v_u + plan.guidance * (v_c - v_u)
+        if i in stored:
+            torch.testing.assert_close(stored[i][0], x[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(stored[i][1], velocity[0], atol=1e-3, rtol=1e-3)
+        x = x + (grid.sigmas[i + 1] - grid.sigmas[i]) * velocity
+
+
+def test_the_same_settings_give_the_same_bytes(
+    make_settings: Make, prompts: PromptSet, made: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    generate_targets(make_settings(), prompts, tmp_path / "again")
+    assert files(tmp_path / "again") == files(made[0])
+
+
+def test_killed_half_way_it_makes_only_what_is_missing_and_ends_byte_identical(
+    make_settings: Make,
+    prompts: PromptSet,
+    made: tuple[Path, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walked: list[int] = []
+
+    def killed_at(limit: int) -> None:
+        def counting(*arguments: object) -> dict[str, Tensor]:
+            if len(walked) == limit:
+                raise KeyboardInterrupt
+            walked.append(1)
+            return walk(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(targets_module, "walk", counting)
+
+    folder = tmp_path / "killed"
+    killed_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        generate_targets(make_settings(), prompts, folder)
+    with pytest.raises(IntegrityError, match="no finished target set"):
+        read_manifest(folder)
+    walked.clear()
+    killed_at(99)
+    generate_targets(make_settings(), prompts, folder)
+    assert len(walked) == 2  # 3 train shards + 1 held out, 2 of them done before
+    assert files(folder) == files(made[0])
+
+
+def _flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_bit, "is corrupt: sha256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes, the manifest says"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_shard_is_never_read_and_is_made_anew(
+    made: tuple[Path, Manifest],
+    make_settings: Make,
+    prompts: PromptSet,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder, manifest = made
+    before = files(folder)
+    damage(folder / "states" / "train-00001.safetensors")
+    with pytest.raises(IntegrityError, match=message):
+        read_tensors(folder, manifest.train.states[1])
+    generate_targets(make_settings(), prompts, folder)
+    assert files(folder) == before
+
+
+def test_a_file_without_its_record_is_not_trusted(tmp_path: Path) -> None:
+    record = write_tensors(tmp_path, "a/b", {"x": torch.arange(3)})
+    assert (
+        finished(tmp_path, "a/b") == record == FileRecord(name="a/b", rows=3, bytes=record.bytes, sha256=record.sha256)
+    )
+    (tmp_path / "a" / "b.json").unlink()
+    assert finished(tmp_path, "a/b") is None
+
+
+def test_a_manifest_of_another_schema_version_is_refused(made: tuple[Path, Manifest]) -> None:
+    path = made[0] / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(IntegrityError, match="schema version 99, this program reads 1"):
+        read_manifest(made[0])
+
+
+def test_a_manifest_of_another_teacher_is_refused(made: tuple[Path, Manifest]) -> None:
+    with pytest.raises(IntegrityError, match="this run distils revision sha256:other"):
+        read_manifest(made[0], teacher_revision="sha256:other")
+
+
+def test_a_manifest_with_a_field_missing_is_refused(made: tuple[Path, Manifest]) -> None:
+    path = made[0] / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["train"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(IntegrityError, match="train: Field required"):
+        read_manifest(made[0])
+
+
+def test_a_draw_depends_on_its_own_identity_alone(make_settings: Make, prompts: PromptSet) -> None:
+    settings, prompt = make_settings(), prompts.train[0]
+    first = draw(settings, "train", 7, prompt, (4, 8, 8))
+    torch.manual_seed(99)
+    again = draw(settings, "train", 7, prompt, (4, 8, 8))
+    assert torch.equal(first.noise_CHW, again.noise_CHW)
+    assert (first.guidance, first.steps_K) == (again.guidance, again.steps_K)
+    for other in (draw(settings, "heldout", 7, prompt, (4, 8, 8)), draw(settings, "train", 8, prompt, (4, 8, 8))):
+        assert not torch.equal(first.noise_CHW, other.noise_CHW)
+
+
+def test_non_finite_velocities_stop_the_run_and_are_not_stored(make_settings: Make, prompts: PromptSet) -> None:
+    settings = make_settings()
+    teacher = load_teacher(settings.teacher, device="cpu")
+    next(teacher.pipeline.transformer.parameters()).data.fill_(float("nan"))
+    text, null = teacher.encode(["a", "b"]), teacher.encode([""])
+    draws = [draw(settings, "train", k, prompts.train[k], teacher.latent_shape) for k in range(2)]
+    with pytest.raises(TrainingError, match="non-finite velocity at step 0 of trajectory 0"):
+        walk(teacher, make_strategy(settings.strategy), teacher.grid(4), text, TextEmbeddings(*null), draws)
+
+
+def test_stored_states_take_the_type_the_settings_say(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> None:
+    manifest = generate_targets(make_settings({"targets.dtype": "float16"}), prompts, tmp_path / "half")
+    rows = read_tensors(tmp_path / "half", manifest.train.states[0])
+    assert rows["x"].dtype == rows["velocity"].dtype == torch.float16
+    assert rows["sigma"].dtype == rows["guidance"].dtype == torch.float32
