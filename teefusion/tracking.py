@@ -1,0 +1,168 @@
+"""One MLflow run for each run key, shared by the stages: parameters, metrics, pictures, tags.
+
+The run is found again by its tag ``teefusion.run_key``, or adopted from ``MLFLOW_RUN_ID``. Reaching the server is
+checked once, before anything is spent; a server that goes away later costs metrics, not the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teefusion.errors import TrackingError
+from teefusion.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+RUN_KEY_TAG = "teefusion.run_key"
+_MAX_PARAM_CHARS = 500
+
+
+def tracking_uri(settings: Settings) -> str:
+    """The server, or SQLite in the workdir."""
+    return settings.mlflow.tracking_uri or f"sqlite:///{settings.workdir.resolve() / 'mlflow.db'}"
+
+
+def connect(settings: Settings) -> MlflowClient:
+    """A client of a tracking server that answers. Raises TrackingError saying which setting to look at."""
+    uri = tracking_uri(settings)
+    if uri.startswith(("http://", "https://")):
+        _check_server(uri, settings.mlflow.timeout_s)
+    elif uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    # MLflow's own default is to try for minutes; a lost metric is not worth a stalled training.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.mlflow.timeout_s) or 1))
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        client = MlflowClient(uri, uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError, ValueError) as error:
+        raise TrackingError(f"MLflow at {_shown(uri)} cannot be used: {error}. Check mlflow.tracking_uri.") from error
+    return client
+
+
+class Tracker:
+    """Logs to the run of this run key; a disabled one (ranks above 0) does nothing."""
+
+    def __init__(self, client: MlflowClient | None, run_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+        self._lost = 0
+
+    @classmethod
+    def open(cls, settings: Settings, *, enabled: bool = True) -> Tracker:
+        """Find or create the run. Raises TrackingError."""
+        if not enabled:
+            return cls(None, "")
+        client = connect(settings)
+        return cls(client, _find_or_create(client, settings))
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Nested settings, flattened to dotted names. Already logged ones are left alone."""
+        for name, value in _flatten(params).items():
+            self._try("log_param", name, str(value)[:_MAX_PARAM_CHARS])
+
+    def log_metrics(self, metrics: dict[str, float], *, step: int = 0) -> None:
+        """Metrics of one step."""
+        for name, value in metrics.items():
+            self._try("log_metric", name, value, step=step)
+
+    def log_image(self, picture: Image, name: str) -> None:
+        """A picture as an artifact."""
+        self._try("log_image", picture, name)
+
+    def log_file(self, path: Path) -> None:
+        """A file as an artifact."""
+        self._try("log_artifact", str(path))
+
+    def set_tags(self, tags: dict[str, Any]) -> None:
+        """Tags of the run."""
+        for name, value in tags.items():
+            self._try("set_tag", name, value)
+
+    def finish(self, *, failed: bool) -> None:
+        """Mark the run as over."""
+        self._try("set_terminated", "FAILED" if failed else "FINISHED")
+
+    def close(self) -> None:
+        """Say how much was lost, if anything was."""
+        if self._lost:
+            log.warning("%d records did not reach MLflow; the results in the workdir are complete.", self._lost)
+
+    def _try(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._client is None:
+            return
+        try:
+            getattr(self._client, method)(self.run_id, *arguments, **options)
+        except Exception as error:  # whatever a tracking server does, it must not stop what it tracks
+            if self._lost == 0:
+                log.warning("MLflow did not take a record (%s); going on without.", error)
+            self._lost += 1
+
+
+def _find_or_create(client: MlflowClient, settings: Settings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    adopted = os.environ.get("MLFLOW_RUN_ID")
+    try:
+        if adopted:
+            return str(client.get_run(adopted).info.run_id)
+        name = settings.mlflow.experiment
+        experiment = client.get_experiment_by_name(name)
+        local = settings.mlflow.tracking_uri is None
+        location = (settings.workdir.resolve() / "mlartifacts").as_uri() if local else None
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, location)
+        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        run = client.create_run(
+            experiment_id,
+            run_name=f"{settings.teacher.name.replace('/', '-')}-{settings.run_key[:8]}",
+            tags={RUN_KEY_TAG: settings.run_key, "teefusion.teacher": settings.teacher.name},
+        )
+        return str(run.info.run_id)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"MLflow at {_shown(tracking_uri(settings))} refused to open a run: {error}") from error
+
+
+def _check_server(uri: str, timeout_s: float) -> None:
+    import requests
+
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=timeout_s)
+    except requests.RequestException as error:
+        raise TrackingError(
+            f"No MLflow server answers at {_shown(uri)} within {timeout_s:g} s ({type(error).__name__}). Start it, "
+            "correct mlflow.tracking_uri (TEEFUSION_MLFLOW__TRACKING_URI), or unset it to use SQLite in the workdir."
+        ) from error
+    if answer.status_code != 200:
+        raise TrackingError(
+            f"{_shown(uri)}/health answered {answer.status_code}: is mlflow.tracking_uri an MLflow server?"
+        )
+
+
+def _shown(uri: str) -> str:
+    """The URI without a password."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,201 @@
+"""Training: resumes exactly, learns, exports a student of the teacher's size; one process and torchrun alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from teefusion import training
+from teefusion.errors import IntegrityError, TrainingError
+from teefusion.launch import run_training
+from teefusion.manifests import Manifest
+from teefusion.prompts import load_prompt_set
+from teefusion.settings import Settings
+from teefusion.stages.ingest import ingest
+from teefusion.students import load_student
+from teefusion.targets import generate_targets
+
+Make = Callable[..., Settings]
+
+
+class Job:
+    """A prompt set and a target set, and training on them."""
+
+    def __init__(self, make_settings: Make, folder: Path) -> None:
+        self.make, self.folder = make_settings, folder
+        self.prompts = ingest(make_settings()).output
+        self.targets = folder / "targets"
+        self.manifest: Manifest = generate_targets(make_settings(), load_prompt_set(self.prompts), self.targets)
+
+    def train(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        return run_training(self.make(overrides), prompts=self.prompts, targets=self.targets, output=self.folder / name)
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def job(make_settings: Make, tmp_path: Path) -> Job:
+    return Job(make_settings, tmp_path)
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=atol, rtol=0)
+
+
+def test_it_learns_and_the_record_says_so(job: Job) -> None:
+    options = {"train.steps": 200, "train.learning_rate": 3e-3, "train.ema_decay": 0.9, "train.eval_every": 100}
+    record = job.train("run", options)
+    steps, residuals = zip(*record["residual_curve"], strict=True)
+    assert steps == (0, 100, 200)
+    assert residuals[2] < residuals[1] < residuals[0]
+    assert record["guidance_residual"] == pytest.approx(residuals[2])
+    assert record["loss_curve"][-1][1] < record["loss_curve"][0][1]
+
+
+def test_the_student_has_the_teachers_parameters_and_moved_from_them(job: Job, tiny_teacher: Path) -> None:
+    record = job.train("run")
+    teacher = load_file(tiny_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    student = job.weights("run")
+    assert {name: value.shape for name, value in student.items()} == {n: v.shape for n, v in teacher.items()}
+    assert record["parameters"] == sum(v.numel() for n, v in teacher.items() if n != "pos_embed.pos_embed")
+    assert any(not torch.equal(student[name], teacher[name]) for name in teacher)
+
+
+def test_the_same_run_twice_gives_the_same_bits(job: Job) -> None:
+    job.train("one")
+    job.train("two")
+    assert_equal(job.weights("one"), job.weights("two"))
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    after_step = training._Run._after_step
+
+    def stop(self: Any, *arguments: Any) -> None:
+        after_step(self, *arguments)
+        if self.position.step == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, "_after_step", stop)
+
+
+def test_interrupted_it_resumes_and_ends_bit_identical(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.train("whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)  # checkpoints are at 2 and 4
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken")
+    assert not (job.folder / "broken" / "training.json").exists()
+    record = job.train("broken")
+    assert record["resumed_from"] == 4
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.train("whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken")
+    path = next((job.folder / "broken" / "checkpoints" / "step-00000004").glob("model*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with caplog.at_level(logging.WARNING):
+        record = job.train("broken")
+    assert "step-00000004 is corrupt" in caplog.text
+    assert record["resumed_from"] == 2
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
+def test_accumulated_micro_batches_take_the_same_steps(job: Job) -> None:
+    job.train("whole")
+    job.train("parts", {"train.gradient_accumulation_steps": 2})
+    assert_close(job.weights("whole"), job.weights("parts"), atol=1e-5)
+
+
+def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
+    job.train("one")
+    record = job.train("two", {"train.num_processes": 2})
+    assert record["ranks"] == 2
+    assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.train("whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("moved")
+    record = job.train("moved", {"train.num_processes": 2})
+    assert record["resumed_from"] == 4
+    assert_close(job.weights("whole"), job.weights("moved"), atol=1e-5)
+
+
+def test_bfloat16_keeps_float32_master_weights(job: Job) -> None:
+    record = job.train("half", {"train.precision": "bfloat16"})
+    assert all(value.dtype == torch.float32 for value in job.weights("half").values())
+    assert record["guidance_residual"] == record["guidance_residual"]  # not NaN
+
+
+def test_the_exported_student_is_the_averaged_one_and_runs(job: Job) -> None:
+    job.train("averaged", {"train.ema_decay": 0.9})
+    job.train("raw", {"train.ema_decay": 0.0})
+    averaged, raw = job.weights("averaged"), job.weights("raw")
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+    student = load_student(job.folder / "averaged" / "student")
+    assert len(student("star", guidance_scale=3.0, num_inference_steps=2).images) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job: Job) -> None:
+    with pytest.raises(TrainingError, match="loss is nan at step .*lower train.learning_rate"):
+        job.train("burnt", {"train.learning_rate": 1e30, "train.max_grad_norm": 1e30})
+    assert not (job.folder / "burnt" / "student").exists()
+
+
+def test_targets_of_another_teacher_are_refused(job: Job) -> None:
+    path = job.targets / "manifest.json"
+    values = json.loads(path.read_text())
+    values["teacher"]["revision"] = "sha256:0000"
+    path.write_text(json.dumps(values))
+    with pytest.raises(IntegrityError, match="at revision sha256:0000, this run distils"):
+        job.train("run")
+
+
+def test_a_damaged_shard_stops_training(job: Job) -> None:
+    path = job.targets / "states" / "train-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match="train-00000.safetensors is corrupt"):
+        job.train("run")
+
+
+def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
+    from teefusion.tracking import RUN_KEY_TAG, connect
+
+    job.train("run")
+    settings = job.make()
+    client = connect(settings)
+    experiment = client.get_experiment_by_name("teefusion")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
+    assert run.data.params["train.steps"] == "6"
+    assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
+    assert steps == [0, 3, 6]
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["samples.png"]
