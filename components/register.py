@@ -1,0 +1,14 @@
+"""KFP component: a version in the MLflow registry, with the alias challenger."""
+
+from kfp import dsl
+
+from teefusion.components.image import RUNTIME_IMAGE
+
+
+@dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
+def register(settings: dict, student: str, evaluation: str) -> str:
+    """Register a student whose gate passed; returns `name/version`."""
+    from teefusion.components.runtime import run_stage
+
+    details = run_stage("register", settings, student=student, evaluation=evaluation).details
+    return f"{details['name']}/{details['version']}"

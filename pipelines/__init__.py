@@ -1,0 +1,1 @@
+"""The Kubeflow pipeline: define, compile, run here."""

@@ -1,0 +1,18 @@
+"""Compile the pipeline to KFP IR YAML."""
+
+import tempfile
+from pathlib import Path
+
+from kfp import compiler
+
+from teefusion.pipelines.distill import distill
+from teefusion.settings import Settings
+from teefusion.storage import write_bytes
+
+
+def compile_pipeline(settings: Settings, output: Path) -> None:
+    """Write IR YAML whose default parameters are the given settings. Raises StorageError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(distill, str(file), pipeline_parameters={"settings": settings.stored()})
+        write_bytes(output, file.read_bytes())

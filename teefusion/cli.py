@@ -1,0 +1,301 @@
+"""The ``teefusion`` command. Imports lazily, so that help and mistakes answer at once.
+
+Exit codes: 0 done, 1 something failed, 2 the request was wrong. Results go to standard output (one JSON object with
+``--json``), everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from teefusion import __version__
+from teefusion.errors import SettingsError, TeEFusionError, UsageError
+
+if TYPE_CHECKING:
+    from teefusion.settings import Settings
+    from teefusion.workspace import StageResult
+
+# Options that stand for a setting: (flag, dotted key, type, help).
+_SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
+    "teacher": ("teacher.name", str, "Preset, diffusers folder or hub id of the teacher.  [default: shapes]"),
+    "revision": ("teacher.revision", str, "Hub commit of the teacher, or digest of its folder."),
+    "prompts": ("prompts.source", str, "A .txt, .json, .jsonl, .csv or .parquet file.  [default: the preset's]"),
+    "strategy": ("strategy.name", str, "How the teacher samples.  [default: euler_cfg]"),
+    "num-steps": ("strategy.num_steps", int, "Steps of the teacher's sampling grid."),
+    "guidance-min": ("strategy.guidance_min", float, "Smallest guidance scale taught (diffusers' s)."),
+    "guidance-max": ("strategy.guidance_max", float, "Largest guidance scale taught (diffusers' s)."),
+    "trajectories": ("targets.trajectories", int, "Teacher trajectories to store."),
+    "fusion": ("fusion.variant", str, "Fused term: published, paper or balanced."),
+    "steps": ("train.steps", int, "Optimizer steps."),
+    "batch-size": ("train.batch_size", int, "States an optimizer step, over all ranks."),
+    "learning-rate": ("train.learning_rate", float, "Peak learning rate."),
+    "processes": ("train.num_processes", int, "Training ranks on this machine."),
+    "guidance-scale": ("evaluate.guidance_scale", float, "Guidance of teacher and student in the comparison."),
+    "scorer": ("evaluate.scorer", str, "A transformers CLIP folder.  [default: the preset's]"),
+    "model-name": ("mlflow.model_name", str, "Registered model.  [default: teefusion-TEACHER]"),
+    "tracking-uri": ("mlflow.tracking_uri", str, "MLflow server.  [default: SQLite in the workdir]"),
+    "device": ("device", str, "auto, cpu, cuda, cuda:1, ...  [default: auto]"),
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="teefusion")
+def cli() -> None:
+    """Distil guided text-to-image teachers into students that need one forward a step.
+
+    Settings come from the command line, TEEFUSION_* variables (nested with two underscores, as in
+    TEEFUSION_TRAIN__STEPS), --config FILE.yaml and the teacher's preset, in this order.
+    """
+
+
+def _command(*setting_options: str) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
+    """A subcommand with the shared options and those of ``_SETTING_OPTIONS`` it names.
+
+    The function gets pinned settings and its own options, and returns what ``--json`` prints; ``_text`` in it is
+    what a person reads instead.
+    """
+
+    def decorate(function: Callable[..., dict[str, Any]]) -> click.Command:
+        @functools.wraps(function)
+        def invoke(
+            config: Path | None, workdir: Path, sets: tuple[str, ...], as_json: bool, debug: bool, **options: Any
+        ) -> None:
+            chosen = {name: options.pop(name.replace("-", "_")) for name in setting_options}
+            with _report_errors(debug):
+                overrides = {_SETTING_OPTIONS[name][0]: value for name, value in chosen.items() if value is not None}
+                settings = _load(config, workdir, overrides | _parse_sets(sets), debug)
+                result = function(settings, **options)
+            text = result.pop("_text", None)
+            click.echo(json.dumps(result, ensure_ascii=False) if as_json else text or json.dumps(result, indent=2))
+
+        command: Any = invoke
+        for name in reversed(setting_options):
+            _, kind, text = _SETTING_OPTIONS[name]
+            command = click.option(f"--{name}", type=kind, default=None, help=text)(command)
+        for option in reversed(_SHARED):
+            command = option(command)
+        return cli.command(name=function.__name__.rstrip("_"))(command)
+
+    return decorate
+
+
+_SHARED = (
+    click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings."),
+    click.option(
+        "--workdir", type=click.Path(path_type=Path), default=None, help="Folder for everything made.  [default: work]"
+    ),
+    click.option(
+        "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any setting by its dotted name; repeatable."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
+    click.option("--debug", is_flag=True, help="Tracebacks, and the libraries' own logs."),
+)
+_TEACHER = ("teacher", "revision", "prompts", "strategy", "num-steps", "guidance-min", "guidance-max", "trajectories")
+_TRAIN = ("fusion", "steps", "batch-size", "learning-rate", "processes")
+_EVALUATE = ("guidance-scale", "scorer")
+_REGISTRY = ("model-name", "tracking-uri")
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
+def run(settings: Settings) -> dict[str, Any]:
+    """Run the whole pipeline on this machine: prompts in, registered student out."""
+    from teefusion.pipelines.local import run as run_pipeline
+    from teefusion.stages.summary import summary_text
+
+    summary: dict[str, Any] = run_pipeline(settings)
+    return summary | {"_text": summary_text(summary)}
+
+
+@_command("prompts")
+def ingest(settings: Settings) -> dict[str, Any]:
+    """Read, normalise, deduplicate and split prompts."""
+    from teefusion.stages.ingest import ingest as stage
+
+    return _shown(stage(settings))
+
+
+@_command(*_TEACHER, "device")
+def targets(settings: Settings) -> dict[str, Any]:
+    """Sample the teacher's trajectories and store states and velocities; continues where it stopped."""
+    from teefusion.stages.targets import targets as stage
+
+    return _shown(stage(settings, _prompts(settings)))
+
+
+@_command(*_TEACHER, *_TRAIN, "tracking-uri", "device")
+def train(settings: Settings) -> dict[str, Any]:
+    """Distil a student from stored targets; continues from its last checkpoint."""
+    from teefusion.stages.train import train as stage
+
+    prompts = _prompts(settings)
+    result = stage(settings, prompts, _targets(settings, prompts))
+    curves = ("residual_curve", "loss_curve", "residual_by_guidance")
+    shown = _shown(result)
+    return {key: value for key, value in shown.items() if key not in curves}
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, "device")
+@click.option("--student", type=click.Path(path_type=Path), help="Student folder.  [default: these settings']")
+def evaluate(settings: Settings, student: Path | None) -> dict[str, Any]:
+    """Compare student and teacher on held-out prompts, decide the gate, write the report."""
+    from teefusion.stages.evaluate import evaluate as stage
+
+    prompts = _prompts(settings)
+    result = stage(settings, prompts, student or _student(settings, prompts))
+    return _shown(result) | {"report": str(result.output / "report.html")}
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
+def register(settings: Settings) -> dict[str, Any]:
+    """Register the student in MLflow as challenger, if its gate passed."""
+    from teefusion.stages.evaluate import evaluation_folder
+    from teefusion.stages.register import register as stage
+
+    prompts = _prompts(settings)
+    student = _student(settings, prompts)
+    return _shown(stage(settings, student, evaluation_folder(settings, prompts, student)))
+
+
+@_command("device")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; repeatable.")
+@click.option("--guidance-scale", type=float, default=4.0, show_default=True, help="diffusers' s.")
+@click.option("--num-steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampler steps.")
+@click.option("--images", type=click.IntRange(1, 64), default=1, show_default=True, help="Pictures a prompt.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder.")
+def generate(
+    settings: Settings,
+    student: Path,
+    texts: tuple[str, ...],
+    guidance_scale: float,
+    num_steps: int,
+    images: int,
+    seed: int,
+    output: Path,
+) -> dict[str, Any]:
+    """Make pictures with the STUDENT in a folder."""
+    from teefusion.generation import generate as make
+
+    paths = make(
+        student,
+        list(texts),
+        guidance_scale=guidance_scale,
+        num_steps=num_steps,
+        images=images,
+        seed=seed,
+        output=output,
+        device=settings.device,
+    )
+    return {"images": [str(path) for path in paths], "_text": "\n".join(str(path) for path in paths)}
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="IR YAML."
+)
+def compile_(settings: Settings, output: Path) -> dict[str, Any]:
+    """Compile the pipeline to KFP IR YAML, with these settings as its default parameters."""
+    from teefusion.pipelines.compile import compile_pipeline
+
+    compile_pipeline(settings, output)
+    return {"output": str(output), "run_key": settings.run_key, "_text": str(output)}
+
+
+def main() -> None:
+    """Entry of the console script."""
+    cli()
+
+
+class _report_errors:  # noqa: N801  # a context manager that reads as a verb
+    """Errors of ours end in one message and their exit code; anything else is said to be a defect."""
+
+    def __init__(self, debug: bool) -> None:
+        self._debug = debug
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or self._debug or isinstance(error, click.ClickException | click.exceptions.Exit | SystemExit):
+            return
+        if isinstance(error, TeEFusionError):
+            click.echo(f"teefusion: {error}", err=True)
+            sys.exit(error.exit_code)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("\nteefusion: interrupted; run the same command again to continue.", err=True)
+            sys.exit(130)
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("teefusion"):
+            click.echo(f"teefusion: {error}. Install the extras: pip install 'teefusion[pipeline,train]'.", err=True)
+            sys.exit(UsageError.exit_code)
+        if isinstance(error, Exception):
+            click.echo(
+                f"teefusion: unexpected {type(error).__name__}: {error}. Run with --debug for the trace.", err=True
+            )
+            sys.exit(1)
+
+
+def _load(config: Path | None, workdir: Path | None, overrides: dict[str, Any], debug: bool) -> Settings:
+    from teefusion.logs import setup_logging
+    from teefusion.settings import load_settings
+    from teefusion.sources import pin
+
+    setup_logging(verbose=debug)
+    if workdir is not None:
+        overrides["workdir"] = workdir
+    return pin(load_settings(config=config, overrides=overrides))
+
+
+def _parse_sets(sets: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` pairs; values are YAML, so numbers, booleans, lists and null are what they look like."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for item in sets:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"--set takes KEY=VALUE, as in --set train.steps=500; got {item!r}.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {key}: the value {value!r} is not valid YAML: {error}") from error
+    return parsed
+
+
+def _prompts(settings: Settings) -> Path:
+    """The prompt set, made if it is not there: it costs next to nothing."""
+    from teefusion.stages.ingest import ingest as stage
+
+    return stage(settings).output
+
+
+def _targets(settings: Settings, prompts: Path) -> Path:
+    from teefusion.stages.targets import target_folder
+    from teefusion.workspace import require
+
+    return require(target_folder(settings, prompts), command="teefusion targets", what="target set")
+
+
+def _student(settings: Settings, prompts: Path) -> Path:
+    from teefusion.stages.train import student_folder
+    from teefusion.workspace import require
+
+    folder = student_folder(settings, _targets(settings, prompts))
+    return require(folder, command="teefusion train", what="student")
+
+
+def _shown(result: StageResult) -> dict[str, Any]:
+    whole = result.to_dict()
+    details: dict[str, Any] = whole["details"]
+    return {key: whole[key] for key in ("stage", "output", "reused", "seconds")} | details
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Make the pictures of the comparison: same prompts, same seeds, teacher and student timed in one run.
+
+Rows are ``unguided`` (teacher at s = 1), ``teacher`` (its guidance) and ``student``. Batches of the rows alternate,
+so that a machine that slows down slows all alike; seconds include text encoding and decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from teefusion.errors import PromptError
+from teefusion.pictures import png_bytes
+from teefusion.progress import Progress
+from teefusion.prompts import Prompt
+from teefusion.scoring import Scorer
+from teefusion.settings import EvaluateSettings, Settings
+from teefusion.storage import write_bytes
+
+ROWS = ("unguided", "teacher", "student")
+
+
+@dataclass
+class Sampler:
+    """A pipeline at one guidance scale; counts transformer forwards and seconds."""
+
+    pipeline: Any
+    guidance_scale: float
+    options: dict[str, Any]
+    seed: int
+    seconds: list[float] = field(default_factory=list)
+    pictures: int = 0
+    forwards: int = 0
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Image]:
+        """One picture a prompt; the noise depends on seed and prompt alone."""
+        generators = [torch.Generator().manual_seed(_noise_seed(self.seed, prompt)) for prompt in prompts]
+        hook = self.pipeline.transformer.register_forward_hook(self._count)
+        _synchronize()
+        started = time.perf_counter()
+        try:
+            images: list[Image] = self.pipeline(
+                [prompt.text for prompt in prompts],
+                guidance_scale=self.guidance_scale,
+                generator=generators,
+                **self.options,
+            ).images
+        finally:
+            hook.remove()
+        _synchronize()
+        self.seconds.append((time.perf_counter() - started) / len(prompts))
+        self.pictures += len(prompts)
+        return images
+
+    def warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """A call that is not counted: the first one pays for allocation and kernels' selection."""
+        self(prompts)
+        self.seconds.clear()
+        self.pictures = self.forwards = 0
+
+    @property
+    def nfe(self) -> float:
+        """Transformer forwards a picture; two branches in one batch count two."""
+        return self.forwards / self.pictures
+
+    def timing(self) -> dict[str, float]:
+        """Median, least and greatest seconds a picture over the batches."""
+        return {"median": statistics.median(self.seconds), "min": min(self.seconds), "max": max(self.seconds)}
+
+    def _count(self, module: Any, arguments: Any, output: tuple[torch.Tensor]) -> None:
+        self.forwards += output[0].shape[0]
+
+
+def samplers(settings: Settings, teacher: Any, student: Any) -> dict[str, Sampler]:
+    """The three rows of the comparison."""
+    options = settings.evaluate
+    shared = {
+        "num_inference_steps": options.num_steps or settings.strategy.num_steps,
+        "height": settings.teacher.height,
+        "width": settings.teacher.width,
+        "max_sequence_length": settings.teacher.max_sequence_length,
+    }
+    return {
+        "unguided": Sampler(teacher, 1.0, shared, options.seed),
+        "teacher": Sampler(teacher, options.guidance_scale, shared, options.seed),
+        "student": Sampler(student, options.guidance_scale, shared, options.seed),
+    }
+
+
+def choose_prompts(heldout: Sequence[Prompt], options: EvaluateSettings) -> list[Prompt]:
+    """The first ``prompts_per_style`` of each style in hash order. Raises PromptError when there are none."""
+    chosen: list[Prompt] = []
+    for style in sorted({prompt.style for prompt in heldout}):
+        chosen += [prompt for prompt in heldout if prompt.style == style][: options.prompts_per_style]
+    if not chosen:
+        raise PromptError("No held-out prompt to evaluate on. Add prompts, or raise prompts.heldout_fraction.")
+    return chosen
+
+
+def score_rows(
+    rows: dict[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], options: EvaluateSettings, folder: Path
+) -> dict[str, list[float]]:
+    """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``."""
+    scores: dict[str, list[float]] = {row: [] for row in rows}
+    for sampler in rows.values():
+        sampler.warm_up(prompts[: options.batch_size])
+    position = 0
+    with Progress("evaluate", total=len(prompts) * len(rows), unit="picture") as progress:
+        for batch in _batches(prompts, options.batch_size):
+            for row, sampler in rows.items():
+                images = sampler(batch)
+                scores[row] += scorer.score(images, [prompt.text for prompt in batch])
+                for offset, (prompt, image) in enumerate(zip(batch, images, strict=True)):
+                    name = f"{position + offset:05d}.png"
+                    write_bytes(folder / "pictures" / row / prompt.style / name, png_bytes(image))
+                progress.advance(len(batch))
+            position += len(batch)
+    return scores
+
+
+def guidance_sweep(
+    rows: dict[str, Sampler], prompts: Sequence[Prompt], scales: Sequence[float]
+) -> dict[str, dict[float, list[bytes]]]:
+    """PNG pictures of the rows over guidance scales, one a prompt: ``[row][scale][prompt]``. None is timed."""
+    sweep: dict[str, dict[float, list[bytes]]] = {}
+    for row, base in rows.items():
+        sweep[row] = {
+            scale: [png_bytes(image) for image in Sampler(base.pipeline, scale, base.options, base.seed)(prompts)]
+            for scale in scales
+        }
+    return sweep
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _noise_seed(seed: int, prompt: Prompt) -> int:
+    digest = hashlib.sha256(f"{seed}/{prompt.digest}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # torch seeds are signed
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,51 @@
+"""Pictures from a student folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from teefusion.devices import resolve_device
+from teefusion.pictures import png_bytes
+from teefusion.progress import Progress
+from teefusion.storage import write_bytes
+from teefusion.students import load_student
+
+log = logging.getLogger(__name__)
+
+
+def generate(
+    student: Path,
+    prompts: list[str],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    images: int,
+    seed: int,
+    output: Path,
+    device: str = "auto",
+) -> list[Path]:
+    """Write ``images`` pictures a prompt to ``output/<prompt>-<image>.png`` and return the paths.
+
+    Picture k of a prompt starts from noise of seed ``seed + k``. Raises StudentError, StorageError.
+    """
+    pipeline = load_student(student, device=resolve_device(device))
+    paths = []
+    with Progress("generate", total=len(prompts) * images, unit="picture") as progress:
+        for p, prompt in enumerate(prompts):
+            generators = [torch.Generator().manual_seed(seed + k) for k in range(images)]
+            result = pipeline(
+                prompt,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_steps,
+                num_images_per_prompt=images,
+                generator=generators,
+            )
+            for k, picture in enumerate(result.images):
+                path = output / f"{p:03d}-{k:03d}.png"
+                write_bytes(path, png_bytes(picture))
+                paths.append(path)
+            progress.advance(images)
+    return paths

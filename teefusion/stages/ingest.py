@@ -1,0 +1,38 @@
+"""Prompts: read, normalise, deduplicate, split, store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from teefusion.errors import IntegrityError
+from teefusion.prompts import build_prompt_set, load_prompt_set, read_prompts, write_prompt_set
+from teefusion.settings import Settings
+from teefusion.sources import prompt_path
+from teefusion.storage import content_key
+from teefusion.workspace import StageResult, Workspace
+
+
+def ingest(settings: Settings) -> StageResult:
+    """Make the prompt set of pinned settings. Raises PromptError, StorageError."""
+    workspace = Workspace(settings)
+    output = workspace.folder("prompts", content_key(settings.prompts.content()))
+
+    def work() -> tuple[dict[str, Any], bool]:
+        try:
+            prompts, reused = load_prompt_set(output), True
+        except IntegrityError:
+            options = settings.prompts
+            source = read_prompts(prompt_path(options.source))
+            prompts = build_prompt_set(source, heldout_fraction=options.heldout_fraction, max_chars=options.max_chars)
+            write_prompt_set(output, prompts)
+            reused = False
+        details = {
+            "prompt_set": prompts.sha256,
+            "read": prompts.read,
+            "train": len(prompts.train),
+            "heldout": len(prompts.heldout),
+            "dropped": dict(prompts.dropped),
+        }
+        return details, reused
+
+    return workspace.stage("ingest", output, work)

@@ -1,0 +1,41 @@
+"""Distillation: a student from a target set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from teefusion.launch import run_training
+from teefusion.manifests import read_manifest, student_key
+from teefusion.settings import Settings
+from teefusion.storage import read_json
+from teefusion.workspace import StageResult, Workspace
+
+RESULT = "training.json"
+STUDENT = "student"
+
+
+def student_folder(settings: Settings, targets: Path) -> Path:
+    """Where the student of these settings and this target set lies, made or not."""
+    manifest = read_manifest(targets, teacher_revision=settings.teacher.revision)
+    return Workspace(settings).folder("students", student_key(settings, manifest.key)) / STUDENT
+
+
+def train(settings: Settings, prompts: Path, targets: Path) -> StageResult:
+    """Train the student of pinned settings, or find it. Raises IntegrityError, TrainingError, TrackingError."""
+    workspace = Workspace(settings)
+    manifest = read_manifest(targets, teacher_revision=settings.teacher.revision)
+    output = student_folder(settings, targets).parent
+
+    def work() -> tuple[dict[str, Any], bool]:
+        reused = (output / RESULT).exists()
+        record = (
+            read_json(output / RESULT)
+            if reused
+            else run_training(settings, prompts=prompts, targets=targets, output=output)
+        )
+        keys = ("guidance_residual", "residual_by_guidance", "residual_curve", "loss_curve", "parameters", "fusion")
+        details = {key: record[key] for key in keys}
+        return details | {"student": str(output / STUDENT), "target_set": manifest.key}, reused
+
+    return workspace.stage("train", output, work)

@@ -1,0 +1,129 @@
+"""The very pipeline that is compiled, run by kfp.local: both gate outcomes, failure, reuse, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny_overrides
+
+
+def teefusion(*arguments: str, env: dict[str, str] | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own; ``limit`` is a shell prefix such as ``ulimit -f 100;``."""
+    command = [sys.executable, "-m", "teefusion.cli", *arguments]
+    shell = ["bash", "-c", f'{limit} exec "$@"', "bash", *command] if limit else command
+    return subprocess.run(shell, capture_output=True, text=True, env=os.environ | (env or {}), check=False, timeout=280)
+
+
+@pytest.fixture
+def options(tmp_path: Path, tiny_teacher: Path, tiny_scorer: Path, prompt_file: Path) -> list[str]:
+    """Command-line options of a tiny run."""
+    values = tiny_overrides(tmp_path, tiny_teacher, tiny_scorer, prompt_file)
+    values.pop("workdir")
+    return ["--workdir", str(tmp_path / "work")] + [
+        part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
+
+
+PASS = ["--set", "gate.margin=0.99", "--set", "gate.style_margin=0.99", "--set", "gate.max_guidance_residual=1000"]
+FAIL = ["--set", "gate.max_guidance_residual=0.000001"]
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    done = teefusion("run", "--json", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def test_a_run_that_passes_registers_and_its_rerun_makes_nothing_anew(options: list[str], tmp_path: Path) -> None:
+    summary = run(*options, *PASS)
+    work = tmp_path / "work"
+    assert json.loads((work / "summary.json").read_text()) == summary
+    assert summary["gate"]["passed"] is True
+    assert summary["model"]["version"] == 1
+    assert summary["model"]["aliases"] == ["challenger"]
+    assert summary["nfe"] == {"teacher": 8.0, "student": 4.0}
+    assert set(summary["scores"]) == {"unguided", "teacher", "student"}
+    assert set(summary["scores"]["student"]) == {"overall", "anime", "photo"}
+    assert list(summary["stages"]) == ["ingest", "targets", "train", "evaluate", "register"]
+    assert not any(stage["reused"] for stage in summary["stages"].values())
+    assert (work / "report.html").read_text().startswith("<!doctype html>")
+    assert Path(summary["student"], "model_index.json").exists()
+
+    again = run(*options, *PASS)
+    assert all(stage["reused"] for stage in again["stages"].values())
+    assert again["model"] == summary["model"]
+
+    longer = run(*options, *PASS, "--steps", "8")
+    reused = {name: stage["reused"] for name, stage in longer["stages"].items()}
+    assert reused == {"ingest": True, "targets": True, "train": False, "evaluate": False, "register": False}
+    assert longer["model"]["version"] == 2
+    assert longer["run_key"] != summary["run_key"]
+
+
+def test_a_run_whose_gate_fails_ends_well_and_registers_nothing(options: list[str]) -> None:
+    summary = run(*options, *FAIL)
+    assert summary["gate"]["passed"] is False
+    assert "learned too little guidance" in " ".join(summary["gate"]["reasons"])
+    assert summary["model"]["version"] is None
+    assert summary["model"]["aliases"] == []
+    assert "register" not in summary["stages"]
+
+
+def test_a_failing_stage_ends_the_run_and_the_summary_says_why(options: list[str], tmp_path: Path) -> None:
+    done = teefusion("run", *options, "--set", "evaluate.scorer=/nowhere")
+    assert done.returncode == 1
+    assert "evaluate failed" in done.stderr
+    assert "/nowhere is no scorer" in done.stderr
+    assert "Traceback" not in done.stderr.split("evaluate failed")[-1]
+    summary = json.loads((tmp_path / "work" / "summary.json").read_text())
+    assert list(summary["stages"]) == ["ingest", "targets", "train"]
+    assert summary["error"]
+    assert summary["gate"] is None
+
+
+def test_a_users_mistake_inside_a_stage_keeps_its_exit_code(options: list[str], tmp_path: Path) -> None:
+    lonely = tmp_path / "lonely.txt"
+    lonely.write_text("one prompt\n")
+    done = teefusion("run", *options, "--prompts", str(lonely))
+    assert done.returncode == 2
+    assert "ingest failed" in done.stderr
+
+
+def test_compiled_yaml_is_deterministic_and_holds_the_stages_the_gate_and_no_secret(
+    options: list[str], tmp_path: Path
+) -> None:
+    secret = {"MLFLOW_TRACKING_PASSWORD": "hunter2-secret", "AWS_SECRET_ACCESS_KEY": "another-secret"}
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    for path in (first, second):
+        done = teefusion("compile", "--output", str(path), env=secret)
+        assert done.returncode == 0, done.stderr
+    assert first.read_bytes() == second.read_bytes()
+    text = first.read_text()
+    assert not any(value in text for value in secret.values())
+    spec = next(iter(yaml.safe_load_all(text)))
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert {"ingest", "targets", "train", "evaluate"} <= tasks.keys()
+    (gate,) = [task for task in tasks.values() if "triggerPolicy" in task and "condition" in task["triggerPolicy"]]
+    assert "passed" in gate["triggerPolicy"]["condition"]
+    assert spec["root"]["dag"]["tasks"]["summarize"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert spec["root"]["inputDefinitions"]["parameters"]["settings"]["defaultValue"]["teacher"]["name"] == "shapes"
+
+
+def test_a_full_disk_leaves_nothing_that_a_later_run_trusts(options: list[str], tmp_path: Path) -> None:
+    """Files are limited to 8 KiB, so the first shard cannot be written; then the limit goes and the run ends well."""
+    limit = "trap '' XFSZ; ulimit -f 8;"
+    done = teefusion("targets", *options, limit=limit)
+    assert done.returncode == 1
+    assert "no space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    folders = list((tmp_path / "work" / "targets").iterdir())
+    assert not any((folder / "manifest.json").exists() for folder in folders)
+    assert teefusion("targets", *options).returncode == 0
