@@ -12,11 +12,13 @@ from teefusion.pipelines.distill import distill
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
 from teefusion.storage import read_json
+from teefusion.tracking import check_server
 from teefusion.workspace import Workspace
 
 
 def run(settings: Settings) -> dict:
     """Run the pipeline of pinned settings; returns the summary. Raises PipelineError or UsageError when it fails."""
+    check_server(settings)  # before anything is spent
     workspace = Workspace(settings)
     workspace.start()
     if sys.stderr.isatty():

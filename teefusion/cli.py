@@ -55,11 +55,11 @@ def cli() -> None:
     """
 
 
-def _command(*setting_options: str) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
+def _command(*setting_options: str, pinned: bool = True) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand with the shared options and those of ``_SETTING_OPTIONS`` it names.
 
-    The function gets pinned settings and its own options, and returns what ``--json`` prints; ``_text`` in it is
-    what a person reads instead.
+    The function gets settings, pinned unless it needs neither teacher nor prompts, and its own options. It returns
+    what ``--json`` prints; ``_text`` in it is what a person reads instead.
     """
 
     def decorate(function: Callable[..., dict[str, Any]]) -> click.Command:
@@ -70,7 +70,7 @@ def _command(*setting_options: str) -> Callable[[Callable[..., dict[str, Any]]],
             chosen = {name: options.pop(name.replace("-", "_")) for name in setting_options}
             with _report_errors(debug):
                 overrides = {_SETTING_OPTIONS[name][0]: value for name, value in chosen.items() if value is not None}
-                settings = _load(config, workdir, overrides | _parse_sets(sets), debug)
+                settings = _load(config, workdir, overrides | _parse_sets(sets), debug, pinned)
                 result = function(settings, **options)
             text = result.pop("_text", None)
             click.echo(json.dumps(result, ensure_ascii=False) if as_json else text or json.dumps(result, indent=2))
@@ -163,7 +163,7 @@ def register(settings: Settings) -> dict[str, Any]:
     return _shown(stage(settings, student, evaluation_folder(settings, prompts, student)))
 
 
-@_command("device")
+@_command("device", pinned=False)
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; repeatable.")
 @click.option("--guidance-scale", type=float, default=4.0, show_default=True, help="diffusers' s.")
@@ -242,7 +242,7 @@ class _report_errors:  # noqa: N801  # a context manager that reads as a verb
             sys.exit(1)
 
 
-def _load(config: Path | None, workdir: Path | None, overrides: dict[str, Any], debug: bool) -> Settings:
+def _load(config: Path | None, workdir: Path | None, overrides: dict[str, Any], debug: bool, pinned: bool) -> Settings:
     from teefusion.logs import setup_logging
     from teefusion.settings import load_settings
     from teefusion.sources import pin
@@ -250,7 +250,8 @@ def _load(config: Path | None, workdir: Path | None, overrides: dict[str, Any], 
     setup_logging(verbose=debug)
     if workdir is not None:
         overrides["workdir"] = workdir
-    return pin(load_settings(config=config, overrides=overrides))
+    settings = load_settings(config=config, overrides=overrides)
+    return pin(settings) if pinned else settings
 
 
 def _parse_sets(sets: tuple[str, ...]) -> dict[str, Any]:

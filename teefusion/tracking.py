@@ -31,9 +31,8 @@ def tracking_uri(settings: Settings) -> str:
 def connect(settings: Settings) -> MlflowClient:
     """A client of a tracking server that answers. Raises TrackingError saying which setting to look at."""
     uri = tracking_uri(settings)
-    if uri.startswith(("http://", "https://")):
-        _check_server(uri, settings.mlflow.timeout_s)
-    elif uri.startswith("sqlite:///"):
+    check_server(settings)
+    if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # MLflow's own default is to try for minutes; a lost metric is not worth a stalled training.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -136,7 +135,11 @@ def _find_or_create(client: MlflowClient, settings: Settings) -> str:
         raise TrackingError(f"MLflow at {_shown(tracking_uri(settings))} refused to open a run: {error}") from error
 
 
-def _check_server(uri: str, timeout_s: float) -> None:
+def check_server(settings: Settings) -> None:
+    """Raise TrackingError if the tracking URI is a server that does not answer; a file needs no check."""
+    uri, timeout_s = tracking_uri(settings), settings.mlflow.timeout_s
+    if not uri.startswith(("http://", "https://")):
+        return
     import requests
 
     try:

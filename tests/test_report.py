@@ -282,8 +282,8 @@ def test_the_same_data_gives_the_same_bytes(html: str) -> None:
 def test_markup_in_prompts_and_names_is_shown_not_obeyed() -> None:
     evil = '<script>alert(1)</script>"><img src=http://example.com/x>'
     shown = dataclasses.replace(report_data().pictures[0], prompt=evil, style=evil)
-    verdict = Verdict(True, (evil,), {OVERALL: interval(0, 0, 0, 1), "$x^<b>&": interval(0, 0, 0, 1)})
-    scores = {"student": {"$x^<b>&": Score(20.0, 0.1, 40)}}
+    verdict = Verdict(True, (evil,), {OVERALL: interval(0, 0, 0, 1), "$x^<b>&$": interval(0, 0, 0, 1)})
+    scores = {"student": {"$x^<b>&$": Score(20.0, 0.1, 40)}}
     names = ("teacher", "run_key", "scorer", "strategy", "model_name", "created")
     html = render_report(
         report_data(
@@ -301,6 +301,7 @@ def test_markup_in_prompts_and_names_is_shown_not_obeyed() -> None:
     assert len(page.named("img")) == 4
     assert page.mistakes == []
     assert "<script>alert(1)</script>" in page.texts["reasons"]  # as text
+    assert html.count("$x^&lt;b&gt;&amp;$</text>") == 2  # in both charts, and no mathematics
 
 
 def test_it_refers_to_nothing_outside_itself(page: Page, html: str) -> None:

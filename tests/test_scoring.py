@@ -79,6 +79,7 @@ def test_antialias_changes_what_a_smaller_picture_shows() -> None:
         ((4, 2), slice(2, 6), slice(0, 8)),  # wide: 8x4, two rows of zeros above and below
         ((2, 4), slice(0, 8), slice(2, 6)),
         ((8, 5), slice(1, 6), slice(0, 8)),  # three rows are missing: one above, two below
+        ((5, 8), slice(0, 8), slice(1, 6)),
         ((64, 1), slice(3, 4), slice(0, 8)),  # an eighth of a row is still a row
         ((8, 8), slice(0, 8), slice(0, 8)),
     ],

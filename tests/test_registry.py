@@ -1,0 +1,145 @@
+"""Registration in a real MLflow: SQLite here, a server process over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from teefusion.errors import UsageError
+from teefusion.settings import Settings
+from teefusion.stages.register import register
+from teefusion.storage import write_json
+from teefusion.tracking import Tracker, connect
+
+Make = Callable[..., Settings]
+
+
+def evaluation(folder: Path, *, passed: bool) -> Path:
+    scores = {"overall": {"mean": 31.25, "standard_error": 0.1, "n": 8}}
+    result = {
+        "gate": {"passed": passed, "reasons": ["the student is below its teacher"]},
+        "scores": {row: scores for row in ("unguided", "teacher", "student")},
+        "nfe": {"teacher": 8.0, "student": 4.0},
+        "guidance_residual": 0.125,
+        "scorer": {"name": "tiny"},
+    }
+    write_json(folder / "evaluation.json", result)
+    return folder
+
+
+def student(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def test_a_passed_student_becomes_challenger_with_its_history_in_tags(make_settings: Make, tmp_path: Path) -> None:
+    settings = make_settings({"mlflow.model_name": "m"})
+    result = register(settings, student(tmp_path / "key" / "student"), evaluation(tmp_path / "e", passed=True))
+    client = connect(settings)
+    version = client.get_model_version_by_alias("m", "challenger")
+    assert (result.reused, result.details["version"], version.version) == (False, 1, 1)
+    assert version.source == str(tmp_path / "key" / "student")
+    expected = {
+        "gate": "passed",
+        "teacher_revision": settings.teacher.revision,
+        "strategy": "euler_cfg",
+        "run_key": settings.run_key,
+        "student_key": "key",
+        "nfe_student": "4",
+        "score_student_overall": "31.2500",
+        "guidance_residual": "0.1250",
+    }
+    assert expected.items() <= version.tags.items()
+    assert "31.25" in version.description
+
+
+def test_registering_again_makes_no_second_version(make_settings: Make, tmp_path: Path) -> None:
+    settings = make_settings()
+    folder, verdict = student(tmp_path / "s"), evaluation(tmp_path / "e", passed=True)
+    register(settings, folder, verdict)
+    again = register(settings, folder, verdict)
+    assert (again.reused, again.details["version"]) == (True, 1)
+
+
+def test_another_student_takes_the_alias(make_settings: Make, tmp_path: Path) -> None:
+    settings, verdict = make_settings({"mlflow.model_name": "m"}), evaluation(tmp_path / "e", passed=True)
+    register(settings, student(tmp_path / "s"), verdict)
+    other = student(tmp_path / "t")
+    (other / "more").write_text("x")
+    assert register(settings, other, verdict).details["version"] == 2
+    client = connect(settings)
+    assert client.get_model_version_by_alias("m", "challenger").version == 2
+    assert client.get_model_version("m", "1").aliases == []
+
+
+def test_a_student_whose_gate_failed_is_refused_with_the_reasons(make_settings: Make, tmp_path: Path) -> None:
+    settings = make_settings()
+    with pytest.raises(UsageError, match="nothing is registered:\n  the student is below its teacher"):
+        register(settings, student(tmp_path / "s"), evaluation(tmp_path / "e", passed=False))
+    assert connect(settings).search_registered_models() == []
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """An MLflow server process on a free port, with SQLite and local artifacts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = tmp_path / "server"
+    store.mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{store}/m.db", "--artifacts-destination", str(store / "artifacts")]
+    with (store / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{url}/health", process, store / "log")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait_for(url: str, process: subprocess.Popen[Any], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(url, timeout=2).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.3)
+    raise AssertionError(f"the MLflow server did not start: {log.read_text()[-2000:]}")
+
+
+def test_a_server_gets_the_student_uploaded_once(make_settings: Make, tmp_path: Path, server: str) -> None:
+    settings = make_settings({"mlflow.tracking_uri": server})
+    folder, verdict = student(tmp_path / "s"), evaluation(tmp_path / "e", passed=True)
+    result = register(settings, folder, verdict)
+    assert result.details["aliases"] == ["challenger"]
+    assert result.details["source"].startswith("mlflow-artifacts:")
+    run_id = Tracker.open(settings).run_id
+    assert [item.path for item in connect(settings).list_artifacts(run_id, "student")] == ["student/model_index.json"]
+    assert register(settings, folder, verdict).reused is True
+
+
+def test_the_server_going_away_costs_metrics_and_nothing_else(
+    make_settings: Make, server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings({"mlflow.tracking_uri": server})
+    tracker = Tracker.open(settings)
+    tracker._client = connect(make_settings({"mlflow.tracking_uri": None}))  # knows no such run
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    tracker.log_metrics({"loss": 0.5}, step=2)
+    tracker.close()
+    assert caplog.text.count("MLflow did not take a record") == 1
+    assert "2 records did not reach MLflow" in caplog.text
