@@ -1,23 +1,26 @@
 """KFP component: compare student and teacher, and let the gate decide."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def evaluate(settings: dict, prompts: str, student: str, report: dsl.Output[dsl.HTML]) -> NamedTuple(
-    "Evaluation", [("passed", bool), ("evaluation", str)]
-):  # type: ignore[valid-type]
-    """Score both, decide, write the report; returns the verdict and the evaluation's folder."""
+def evaluate(
+    settings: str,
+    prompts: str,
+    student: str,
+    evaluation: dsl.OutputPath(str),  # type: ignore[valid-type]
+    report: dsl.Output[dsl.HTML],
+) -> bool:
+    """Score both, decide, write the report; returns the verdict, and the folder of the evaluation."""
     import shutil
-    from typing import NamedTuple
+    from pathlib import Path
 
     from teefusion.components.runtime import run_stage
 
     result = run_stage("evaluate", settings, prompts=prompts, student=student)
+    Path(evaluation).parent.mkdir(parents=True, exist_ok=True)
+    Path(evaluation).write_text(str(result.output))
     shutil.copyfile(result.output / "report.html", report.path)
-    evaluation = NamedTuple("Evaluation", [("passed", bool), ("evaluation", str)])  # noqa: UP014  # kfp's own form
-    return evaluation(passed=result.details["gate"]["passed"], evaluation=str(result.output))
+    return bool(result.details["gate"]["passed"])

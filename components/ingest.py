@@ -6,7 +6,7 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def ingest(settings: dict) -> str:
+def ingest(settings: str) -> str:
     """Make the prompt set; returns its folder."""
     from teefusion.components.runtime import run_stage
 

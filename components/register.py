@@ -6,7 +6,7 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def register(settings: dict, student: str, evaluation: str) -> str:
+def register(settings: str, student: str, evaluation: str) -> str:
     """Register a student whose gate passed; returns `name/version`."""
     from teefusion.components.runtime import run_stage
 

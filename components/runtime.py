@@ -4,20 +4,20 @@ import logging
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from teefusion.errors import TeEFusionError
-from teefusion.logs import setup_logging
-from teefusion.settings import Settings, validate_settings
+from teefusion.logs import STAGE_MARK, setup_logging
+from teefusion.settings import settings_from_json
 from teefusion.workspace import StageName, StageResult, Workspace
 
 log = logging.getLogger("teefusion")
 
 
-def run_stage(name: StageName, settings: dict[str, Any], **inputs: str) -> StageResult:
+def run_stage(name: StageName, settings: str[str, Any], **inputs: str) -> StageResult:
     """Run a stage on folders given as strings. An error of ours ends the task with its exit code and one message."""
-    setup_logging()
-    parsed = validate_settings(settings)
+    setup_logging(mark=STAGE_MARK)
+    parsed = settings_from_json(settings)
+    log.info("== %s", name)
     try:
         stage = getattr(import_module(f"teefusion.stages.{name}"), name)
         result: StageResult = stage(parsed, **{key: Path(value) for key, value in inputs.items()})
@@ -25,15 +25,13 @@ def run_stage(name: StageName, settings: dict[str, Any], **inputs: str) -> Stage
         Workspace(parsed).fail(name, str(error), error.exit_code)
         log.error("%s: %s", name, error)
         sys.exit(error.exit_code)
-    state = "reused" if result.reused else f"{result.seconds:.1f} s"
-    log.info("%s: %s, %s", name, state, result.output)
+    log.info("   %s: %s", "found made" if result.reused else f"done in {result.seconds:.1f} s", result.output)
     return result
 
 
-def run_summary(settings: dict[str, Any], *, error: str | None) -> None:
+def run_summary(settings: str[str, Any], *, error: str | None) -> None:
     """Write the summary of whatever ended."""
     from teefusion.stages.summary import summarize
 
-    setup_logging()
-    parsed: Settings = validate_settings(settings)
-    summarize(parsed, error=error)
+    setup_logging(mark=STAGE_MARK)
+    summarize(settings_from_json(settings), error=error)

@@ -6,7 +6,7 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def summarize(settings: dict, status: dsl.PipelineTaskFinalStatus) -> None:
+def summarize(settings: str, status: dsl.PipelineTaskFinalStatus) -> None:
     """Write summary.json and report.html in the workdir, and close the MLflow run."""
     from teefusion.components.runtime import run_summary
 

@@ -6,7 +6,7 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def targets(settings: dict, prompts: str) -> str:
+def targets(settings: str, prompts: str) -> str:
     """Make the target set of a prompt set; returns its folder."""
     from teefusion.components.runtime import run_stage
 

@@ -6,7 +6,7 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def train(settings: dict, prompts: str, targets: str) -> str:
+def train(settings: str, prompts: str, targets: str) -> str:
     """Train on a target set; returns the student's folder."""
     from teefusion.components.runtime import run_stage
 

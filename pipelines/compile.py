@@ -14,5 +14,5 @@ def compile_pipeline(settings: Settings, output: Path) -> None:
     """Write IR YAML whose default parameters are the given settings. Raises StorageError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(distill, str(file), pipeline_parameters={"settings": settings.stored()})
+        compiler.Compiler().compile(distill, str(file), pipeline_parameters={"settings": settings.to_json()})
         write_bytes(output, file.read_bytes())

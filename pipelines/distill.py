@@ -14,7 +14,7 @@ from teefusion.components.train import train
 
 
 @dsl.pipeline(name="teefusion-distill", description="Distil a guided text-to-image teacher into a one-forward student.")
-def distill(settings: dict):  # type: ignore[no-untyped-def, type-arg]  # kfp reads a return annotation as an output
+def distill(settings: str):  # type: ignore[no-untyped-def, type-arg]  # kfp reads a return annotation as an output
     """One run, described by its pinned settings (see `teefusion compile`)."""
     summary = summarize(settings=settings).set_display_name("Summary")
     with dsl.ExitHandler(summary, name="Distil"):
@@ -28,6 +28,7 @@ def distill(settings: dict):  # type: ignore[no-untyped-def, type-arg]  # kfp re
         # The stages keep their own results by content; KFP's cache would hide a changed image or registry.
         for task in (prompts, made, student, compared, summary):
             task.set_caching_options(False)
-        with dsl.If(compared.outputs["passed"] == True, name="Gate passed"):  # noqa: E712  # kfp overloads ==
+        # kfp.local resolves a condition inside an exit handler only where the output is the returned value.
+        with dsl.If(compared.outputs["Output"] == True, name="Gate passed"):  # noqa: E712  # kfp overloads ==
             registered = register(settings=settings, student=student.output, evaluation=compared.outputs["evaluation"])
             registered.set_display_name("Register challenger").set_caching_options(False)

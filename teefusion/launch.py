@@ -10,7 +10,7 @@ from typing import Any
 
 from teefusion.errors import TrainingError
 from teefusion.settings import Settings
-from teefusion.storage import read_json, write_json
+from teefusion.storage import read_json, write_bytes
 
 
 def run_training(settings: Settings, *, prompts: Path, targets: Path, output: Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run_training(settings: Settings, *, prompts: Path, targets: Path, output: Pa
         return train(settings, prompts=prompts, targets=targets, output=output)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.json"
-        write_json(file, settings.stored())
+        write_bytes(file, settings.to_json().encode())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={settings.train.num_processes}", "-m", "teefusion.training"]
         command += [f"--settings={file}", f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]

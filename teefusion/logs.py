@@ -20,12 +20,19 @@ _NOISY = (
 )
 
 
-def setup_logging(*, verbose: bool = False) -> None:
-    """Our own records at INFO, libraries' at ERROR unless ``verbose``. Ranks other than 0 report warnings only."""
+STAGE_MARK = "teefusion| "
+"""Starts every line that a stage in a process of its own means for the person who watches the run."""
+
+
+def setup_logging(*, verbose: bool = False, mark: str = "") -> None:
+    """Our own records at INFO, libraries' at ERROR unless ``verbose``; each line starts with ``mark``.
+
+    Ranks other than 0 report warnings only.
+    """
     rank = int(os.environ.get("RANK", "0"))
     level = logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"{mark}%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("teefusion").setLevel(level)
     if not verbose:

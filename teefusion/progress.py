@@ -7,6 +7,7 @@ terminal names it in TEEFUSION_PROGRESS_TTY, and stages draw their bars there.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import IO, Any, Self
 
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
 _LINE_EVERY_S = 5.0
 TTY_VARIABLE = "TEEFUSION_PROGRESS_TTY"
 
@@ -61,12 +63,8 @@ class Progress:
         elapsed = now - self._start
         left = elapsed / max(self._done, 1) * (self._total - self._done)
         rate = self._done / max(elapsed, 1e-9)
-        print(  # noqa: T201  # standard error, where progress belongs
-            f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {left:.0f} s left"
-            + (f", {text}" if text else ""),
-            file=sys.stderr,
-            flush=True,
-        )
+        more = f", {text}" if text else ""
+        log.info(f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {left:.0f} s left{more}")
 
     def __enter__(self) -> Self:
         return self

@@ -105,7 +105,7 @@ def build_prompt_set(prompts: Iterable[Prompt], *, heldout_fraction: float, max_
             # Normalising takes quadratic time on a run of combining marks, and could not make this one short enough.
             dropped["too_long"] += 1
             continue
-        text = unicodedata.normalize("NFC", text)
+        text = normalise(text)
         if reason := _unusable(text, max_chars):
             dropped[reason] += 1
         elif (digest := _digest(text)) in kept:

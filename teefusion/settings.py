@@ -8,6 +8,7 @@ Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the pape
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from teefusion.errors import SettingsError, TeacherError
-from teefusion.storage import content_key
+from teefusion.storage import canonical_json, content_key
 
 ENV_PREFIX = "TEEFUSION_"
 # Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the progress terminal.
@@ -280,11 +281,9 @@ class Settings(BaseSettings):
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value.content() for name, value in sections.items() if isinstance(value, _Section)}
 
-    def stored(self) -> dict[str, Any]:
-        """JSON-ready values from which ``validate_settings`` makes these settings again; unset ones are left out, as
-        a Kubeflow parameter cannot hold null.
-        """
-        return self.model_dump(mode="json", exclude_none=True)
+    def to_json(self) -> str:
+        """Canonical JSON from which ``settings_from_json`` makes these settings again."""
+        return canonical_json(self.model_dump(mode="json"))
 
     @property
     def run_key(self) -> str:
@@ -317,8 +316,19 @@ def load_settings(*, config: Path | None = None, overrides: Mapping[str, Any] | 
     return validate_settings(_merge(_preset(name), merged))
 
 
+def settings_from_json(text: str) -> Settings:
+    """Settings as stored with a run. Raises SettingsError."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"The run's settings are not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"The run's settings are a JSON {type(values).__name__}, an object is needed.")
+    return validate_settings(values)
+
+
 def validate_settings(values: Mapping[str, Any]) -> Settings:
-    """Settings from complete values, such as those stored with a run. Raises SettingsError naming every bad key."""
+    """Settings from complete values. Raises SettingsError naming every bad key."""
     try:
         return Settings(**values)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from teefusion.errors import IntegrityError
 from teefusion.settings import Settings
-from teefusion.storage import read_json, write_json
+from teefusion.storage import read_json, write_bytes, write_json
 
 StageName = Literal["ingest", "targets", "train", "evaluate", "register"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -71,7 +71,7 @@ class Workspace:
         """Begin a run: store its settings, forget an earlier attempt's records."""
         for path in (*(self._record(name) for name in STAGES), self._failure):
             path.unlink(missing_ok=True)
-        write_json(self.run / "settings.json", self.settings.stored())
+        write_bytes(self.run / "settings.json", self.settings.to_json().encode())
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Records of the stages that ended well, by name, in order."""

@@ -40,23 +40,21 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
-    letters = [chr(code) for code in range(97, 123)]
-    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32)
+    tokenizer = letter_tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(names),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
         projection_dim=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -100,27 +98,38 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
 @pytest.fixture(scope="session")
 def tiny_scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP folder with random weights, 16-pixel pictures."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("tiny-scorer")
-    letters = [chr(code) for code in range(97, 123)]
-    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    make_tiny_scorer(folder)
+    return folder
+
+
+def make_tiny_scorer(folder: Path, *, seed: int = 1) -> None:
+    """Random weights from ``seed``, one layer of width 16 for text and for pictures."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    tokenizer = letter_tokenizer()
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = shared | {
-        "vocab_size": len(names),
-        "max_position_embeddings": 32,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     vision = shared | {"image_size": 16, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32).save_pretrained(
-        folder
-    )
-    return folder
+    tokenizer.save_pretrained(folder)
+
+
+def letter_tokenizer() -> Any:
+    """CLIP's tokenizer with a vocabulary of single letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32)
 
 
 @pytest.fixture

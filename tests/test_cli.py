@@ -79,7 +79,9 @@ def write(path: Path, data: bytes) -> Path:
         ("x.docx", b"abc", ["x.docx", ".jsonl"]),
     ],
 )
-def test_a_bad_prompt_file_is_the_users_mistake(tmp_path: Path, name: str, data: bytes | None, parts: list[str]) -> None:
+def test_a_bad_prompt_file_is_the_users_mistake(
+    tmp_path: Path, name: str, data: bytes | None, parts: list[str]
+) -> None:
     path = tmp_path / name
     if data is not None:
         write(path, data)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from teefusion.prompts import (
     source_digest,
     write_prompt_set,
 )
+from teefusion.storage import content_key, sha256_file
 
 GIB = 1 << 30
 
@@ -108,15 +110,15 @@ def test_a_folder_of_the_hps_benchmark_gives_each_list_its_style(tmp_path: Path)
 
 
 def test_reading_streams(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", b"a picture of a star\n" * 500_000)  # 10 MB
+    path = write(tmp_path / "a.txt", b"a picture of a star\n" * 100_000)  # 2 MB
     tracemalloc.start()
     try:
         count = sum(1 for _ in read_prompts(path))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert count == 500_000
-    assert peak < GIB >> 10
+    assert count == 100_000
+    assert peak < GIB >> 12
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json"])
@@ -338,9 +340,10 @@ def test_a_text_that_composes_to_the_longest_length_is_kept() -> None:
     assert prompts.dropped == {}
 
 
-@pytest.mark.timeout(20)
 def test_a_long_run_of_combining_marks_takes_no_quadratic_time() -> None:
-    assert build(["a" + "\u0301\u0323" * 500_000, *map(str, range(20))]).dropped == {"too_long": 1}
+    started = time.process_time()
+    assert build(["a" + "\u0301\u0323" * 40_000, *map(str, range(20))]).dropped == {"too_long": 1}
+    assert time.process_time() - started < 1  # normalising it took 5 s
 
 
 @pytest.mark.parametrize(
@@ -369,6 +372,10 @@ def test_an_empty_split_is_explained_with_its_arithmetic(texts: list[str], fract
 # With these two in every set, neither split at 0.5 is empty: ABC's digest is above, sha256("4") = 4b227777... below.
 ANCHORS = ["abc", "4"]
 any_text = st.text(max_size=20)
+
+
+def test_normalising_composes_trims_and_collapses() -> None:
+    assert normalise(" cafe\u0301\u00a0\n\tau lait\u3000") == "caf\u00e9 au lait"
 
 
 @given(any_text)
@@ -462,6 +469,14 @@ def test_any_flipped_bit_is_refused(stored: Path, name: str) -> None:
     load_prompt_set(stored)
 
 
+def forge_split(folder: Path, data: bytes) -> None:
+    """A training split of other bytes, under digests that fit them."""
+    values = json.loads((folder / "manifest.json").read_text())
+    train = values["train"] | {"sha256": sha256_file(write(folder / "train.jsonl", data))}
+    digest = content_key([train["sha256"], values["heldout"]["sha256"]], length=64)
+    edit_manifest(folder, train=train, prompt_set=digest)
+
+
 def edit_manifest(folder: Path, **values: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -482,6 +497,8 @@ def edit_manifest(folder: Path, **values: Any) -> None:
         (lambda folder: edit_manifest(folder, train={"sha256": "0"}), r"train\.prompts: Field required"),
         (lambda folder: edit_manifest(folder, read=9), r"do not add up"),
         (lambda folder: edit_manifest(folder, prompt_set="0" * 64), r"prompt_set is not the digest"),
+        (lambda folder: forge_split(folder, b"[]\n"), r"train\.jsonl .*: a line is no prompt"),
+        (lambda folder: forge_split(folder, b""), r"train\.jsonl .*: it holds 0 prompts, the manifest says"),
     ],
 )
 def test_a_damaged_set_is_refused(stored: Path, damage: Callable[[Path], object], message: str) -> None:

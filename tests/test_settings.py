@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from teefusion.errors import SettingsError, TeacherError
-from teefusion.settings import load_settings, presets, validate_settings
+from teefusion.settings import load_settings, presets, settings_from_json
 
 
 def test_sources_win_in_the_stated_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +85,17 @@ def test_run_key_depends_on_content_and_not_on_where_or_how_fast(tmp_path: Path)
 
 def test_stored_settings_come_back_the_same() -> None:
     settings = load_settings(overrides={"train.steps": 17, "evaluate.sweep": [1.0, 3.0]})
-    assert validate_settings(settings.stored()) == settings
+    assert settings_from_json(settings.to_json()) == settings
 
 
 def test_stored_settings_are_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage must compute what the run was submitted with, whatever its pod's variables say."""
-    stored = load_settings(overrides={"train.steps": 17}).stored()
+    stored = load_settings(overrides={"train.steps": 17}).to_json()
     monkeypatch.setenv("TEEFUSION_TRAIN__STEPS", "99")
-    assert validate_settings(stored).train.steps == 17
+    assert settings_from_json(stored).train.steps == 17
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": {"steps": 0}}'])
+def test_damaged_stored_settings_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError):
+        settings_from_json(text)
