@@ -13,7 +13,7 @@ from teefusion.workspace import StageName, StageResult, Workspace
 log = logging.getLogger("teefusion")
 
 
-def run_stage(name: StageName, settings: str[str, Any], **inputs: str) -> StageResult:
+def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
     """Run a stage on folders given as strings. An error of ours ends the task with its exit code and one message."""
     setup_logging(mark=STAGE_MARK)
     parsed = settings_from_json(settings)
@@ -29,7 +29,7 @@ def run_stage(name: StageName, settings: str[str, Any], **inputs: str) -> StageR
     return result
 
 
-def run_summary(settings: str[str, Any], *, error: str | None) -> None:
+def run_summary(settings: str, *, error: str | None) -> None:
     """Write the summary of whatever ended."""
     from teefusion.stages.summary import summarize
 
