@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 Variant = Literal["published", "paper", "balanced"]
+Convention = Literal["s", "w"]
 
 
 class Fusion(BaseModel):
@@ -27,13 +28,17 @@ class Fusion(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: Variant
+    convention: Convention = "s"
+    """What ``g`` is: diffusers' guidance scale ``s``, or the paper's ``w = s - 1``; the authors state neither."""
     frequency: float = Field(default=1000.0, gt=0)
     """What ``g`` is multiplied with before the sinusoid; timesteps run to 1000, so 1000 spreads ``g`` over it."""
     divisor: float = Field(default=1.0, gt=0)
     """What the term is divided by."""
 
 
-def make_fusion(variant: Variant, *, term_rms: float = 1.0, temb_rms: float = 1.0) -> Fusion:
+def make_fusion(
+    variant: Variant, *, convention: Convention = "s", term_rms: float = 1.0, temb_rms: float = 1.0
+) -> Fusion:
     """Constants of a variant. The two sizes, measured on the teacher, are used by ``balanced`` alone.
 
     ``published`` has the factors of the authors' released pipeline, which their formula does not show; ``paper`` is
@@ -41,10 +46,10 @@ def make_fusion(variant: Variant, *, term_rms: float = 1.0, temb_rms: float = 1.
     teachers of any size: /256 starves a small teacher of the signal (docs/method.md).
     """
     if variant == "published":
-        return Fusion(variant=variant, divisor=256.0)
+        return Fusion(variant=variant, convention=convention, divisor=256.0)
     if variant == "paper":
-        return Fusion(variant=variant)
-    return Fusion(variant=variant, divisor=term_rms / temb_rms)
+        return Fusion(variant=variant, convention=convention)
+    return Fusion(variant=variant, convention=convention, divisor=term_rms / temb_rms)
 
 
 def pack(pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ class FusedConditioning(nn.Module):
             )
         pooled_BP, null_BP, guidance_B1 = packed.split([width, width, 1], dim=-1)
         time_BD, text_BD = self._time(timestep), self._text(pooled_BP)
-        strength_BD = self._time(guidance_B1[:, 0] * self.fusion.frequency)
+        guidance_B = guidance_B1[:, 0] - (1.0 if self.fusion.convention == "w" else 0.0)
+        strength_BD = self._time(guidance_B * self.fusion.frequency)
         direction_BD = self._text(pooled_BP - null_BP)
         # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.
         term_BD = strength_BD.float() * direction_BD.float() / self.fusion.divisor
@@ -103,12 +109,14 @@ class FusedConditioning(nn.Module):
 
 
 @torch.no_grad()
-def measure_sizes(stock: Any, pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> dict[str, float]:
+def measure_sizes(
+    stock: Any, pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor, *, convention: Convention = "s"
+) -> dict[str, float]:
     """Root mean squares of the undivided fused term and of the conditioning it joins, over the given prompts.
 
     Returns ``term_rms`` and ``temb_rms`` for ``make_fusion``. Timesteps run evenly over 1000..0.
     """
-    probe = FusedConditioning(stock, Fusion(variant="paper"))
+    probe = FusedConditioning(stock, make_fusion("paper", convention=convention))
     timestep_B = torch.linspace(1000.0, 0.0, pooled_BP.shape[0], device=pooled_BP.device)
     temb_BD = (probe._time(timestep_B) + probe._text(pooled_BP)).float()
     fused_BD = probe(timestep_B, pack(pooled_BP, null_P, guidance_B)).float()

@@ -317,7 +317,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _from_json(_parse(line.strip(), where), where, UNSTYLED)
+            yield _from_json(_parse(line.strip(), path, line=number), where, UNSTYLED)
 
 
 def _read_json(path: Path) -> Iterator[Prompt]:
@@ -326,7 +326,7 @@ def _read_json(path: Path) -> Iterator[Prompt]:
             f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, and a .json file is parsed whole. Convert it to "
             ".jsonl (one object a line), which is streamed."
         )
-    values = _parse(_decode(path.read_bytes(), path), str(path))
+    values = _parse(_decode(path.read_bytes(), path), path)
     if not isinstance(values, list):
         raise PromptError(f"{path} holds a JSON {_json_type(values)}. Make it a list of prompts.")
     for number, value in enumerate(values, 1):
@@ -371,7 +371,8 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
                     value["prompt"] = "" if value["prompt"] is None else value["prompt"]
                     yield _from_json(value, f"{path}, row {row}", UNSTYLED)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise PromptError(f"{path} is not readable as parquet: {error}. Write it again, or use .jsonl.") from error
+        found = normalise(str(error)).rstrip(".")  # pyarrow's messages run over lines
+        raise PromptError(f"{path} is not readable as parquet: {found}. Write it again, or use .jsonl.") from error
 
 
 def _require_small_row_groups(path: Path, metadata: Any) -> None:
@@ -422,17 +423,18 @@ def _decode(data: bytes, path: Path, *, line: int = 1, offset: int = 0) -> str:
     raise PromptError(f"{path}, line {line} (byte {offset + bad}) holds {found}. Save the prompts as UTF-8 text.")
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, path: Path, *, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"{where}, line {error.lineno}" if error.lineno > 1 else where
         raise PromptError(
-            f"{place}, column {error.colno} is not valid JSON: {error.msg}. Correct it; "
+            f"{path}, line {line + error.lineno - 1}, column {error.colno} is not valid JSON: {error.msg}. Correct it; "
             "a .jsonl file has one string or object a line, a .json file is one list of them."
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise PromptError(f"{where} holds JSON that is no prompt: {error}. Give strings or objects.") from error
+        raise PromptError(
+            f"{path}, from line {line} on, holds JSON that is no prompt: {error}. Give strings or objects."
+        ) from error
 
 
 def _from_json(value: Any, where: str, default_style: str) -> Prompt:

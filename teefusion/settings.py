@@ -119,7 +119,9 @@ class FusionSettings(_Section):
 
     variant: Literal["published", "paper", "balanced"] = "balanced"
     """`published`: x1000 and /256 as in the released student; `paper`: the printed formula, s x1000 and no divisor;
-    `balanced`: divided so that the term starts as large as the time embedding."""
+    `balanced`: divided so that the term starts as large as the conditioning it joins."""
+    convention: Literal["s", "w"] = "s"
+    """What the term is made of: diffusers' scale s, or the paper's strength w = s - 1."""
 
 
 class TrainSettings(_Section):

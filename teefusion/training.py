@@ -336,8 +336,9 @@ def _fusion(settings: Settings, teacher: Teacher, targets: Path, manifest: Manif
     block = read_tensors(targets, manifest.train.embeddings[0])
     pooled_BP, null_P = block["pooled"].float(), read_null(targets, manifest).pooled_BP[0].float()
     guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
-    sizes = measure_sizes(teacher.pipeline.transformer.time_text_embed, pooled_BP, null_P, guidance_B)
-    return make_fusion(settings.fusion.variant, **sizes)
+    options, stock = settings.fusion, teacher.pipeline.transformer.time_text_embed
+    sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=options.convention)
+    return make_fusion(options.variant, convention=options.convention, **sizes)
 
 
 def _mean_gap(heldout: StateStream) -> float:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def build(texts: list[str], *, heldout_fraction: float = 0.5, max_chars: int = 1
     return build_prompt_set(map(Prompt, texts), heldout_fraction=heldout_fraction, max_chars=max_chars)
 
 
+@contextmanager
+def peak_below(limit: int) -> Iterator[None]:
+    """Fail if Python's memory grows by ``limit`` bytes at any moment of the block."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +90,7 @@ def build(texts: list[str], *, heldout_fraction: float = 0.5, max_chars: int = 1
             [("a star, red", "ink"), ("a\nmoon", "unstyled")],
         ),
         ("b.csv", "\ufeffprompt\r\na star\r\n", [("a star", "unstyled")]),
+        ("c.csv", f"prompt, style\na star,{'s' * 64}\n", [("a star", "s" * 64)]),
     ],
 )
 def test_text_formats_are_read_as_they_stand(
@@ -111,14 +124,8 @@ def test_a_folder_of_the_hps_benchmark_gives_each_list_its_style(tmp_path: Path)
 
 def test_reading_streams(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"a picture of a star\n" * 100_000)  # 2 MB
-    tracemalloc.start()
-    try:
-        count = sum(1 for _ in read_prompts(path))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert count == 100_000
-    assert peak < GIB >> 12
+    with peak_below(GIB >> 12):
+        assert sum(1 for _ in read_prompts(path)) == 100_000
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json"])
@@ -126,14 +133,9 @@ def test_reading_streams(tmp_path: Path) -> None:
 def test_a_line_of_one_gigabyte_is_refused_in_small_memory(tmp_path: Path, suffix: str, head: bytes) -> None:
     path = write(tmp_path / f"a.{suffix}", head)
     os.truncate(path, GIB)  # sparse: takes no room
-    tracemalloc.start()
-    try:
-        with pytest.raises(PromptError, match=r"line 1 \(from byte 0\) is longer than 64 KiB|larger than 256 MiB"):
-            list(read_prompts(path))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < GIB >> 10
+    message = "larger than 256 MiB" if suffix == "json" else r"line 1 \(from byte 0\) is longer than 64 KiB"
+    with peak_below(GIB >> 10), pytest.raises(PromptError, match=message):
+        list(read_prompts(path))
 
 
 @pytest.mark.parametrize(("length", "fits"), [(64 << 10, True), ((64 << 10) + 1, False)])
@@ -166,9 +168,10 @@ def test_the_longest_line_is_64_kib(tmp_path: Path, length: int, fits: bool) -> 
         ("a.jsonl", b'"a star"\n\n{"prompt": }\n', r"a\.jsonl, line 3, column 12 is not valid JSON: Expecting value"),
         ("a.jsonl", b'{"prompt":\n"a star"}', r"a\.jsonl, line 1, column 11 is not valid JSON.*one string or object a"),
         ("a.json", b'["a star",\n "a moon"\n "a box"]', r"a\.json, line 3, column 2 is not valid JSON: Expecting ','"),
-        ("a.json", b"[" * 50_000, r"a\.json holds JSON that is no prompt"),
-        ("a.jsonl", b"[" * 50_000, r"a\.jsonl, line 1 holds JSON that is no prompt"),
-        ("a.jsonl", b"9" * 50_000, r"a\.jsonl, line 1 holds JSON that is no prompt"),
+        ("a.json", b'["a star", }', r"a\.json, line 1, column 12 is not valid JSON"),
+        ("a.json", b"[" * 50_000, r"a\.json, from line 1 on, holds JSON that is no prompt"),
+        ("a.jsonl", b'"a star"\n' + b"[" * 50_000, r"a\.jsonl, from line 2 on, holds JSON that is no prompt"),
+        ("a.jsonl", b"9" * 50_000, r"a\.jsonl, from line 1 on, holds JSON that is no prompt"),
         ("a.json", b'{"prompt": "a star"}', r"a\.json holds a JSON object\. Make it a list"),
         ("a.json", b'["a star", 3]', r"a\.json, item 2: number\. Write a string, or an object"),
         ("a.json", b'["a star", ["a moon"]]', r"item 2: list\."),
@@ -178,6 +181,7 @@ def test_the_longest_line_is_64_kib(tmp_path: Path, length: int, fits: bool) -> 
         ("a.jsonl", b'{"prompt": "a", "style": " overall"}', r"line 1: style ' overall' cannot be used"),
         ("a.jsonl", b'{"prompt": "a", "style": "\\u0007"}', r"line 1: style '\\x07' cannot be used"),
         ("a.csv", b"prompt,style\na," + b"s" * 65, r"a\.csv, line 2: style 's{65}' cannot be used"),
+        ("a.csv", b"\xef\xbb\xbf", r"a\.csv has no column 'prompt' \(its columns: none\)"),
         ("a.csv", b"text,style\na star,ink\n", r"has no column 'prompt' \(its columns: 'text', 'style'\)"),
         ("a.csv", b"prompt\na star, red\n", r"a\.csv, line 2 has 2 fields, the header 1\. Put prompts .* in quotes"),
         ("a.csv", b"prompt,style\na star\n", r"a\.csv, line 2 has 1 fields, the header 2"),
@@ -242,12 +246,25 @@ def test_truncated_parquet_is_refused(tmp_path: Path) -> None:
         list(read_prompts(path))
 
 
+def test_parquet_with_broken_content_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+
+    broken = write_parquet(tmp_path / "a.parquet", {"prompt": [f"prompt {k}" for k in range(100)]})
+    write(broken, b"PAR1" + b"\xff" * 200 + broken.read_bytes()[204:])
+    not_utf8 = pyarrow.array([b"caf\xe9"]).cast("string", safe=False)
+    for path in (broken, write_parquet(tmp_path / "b.parquet", {"prompt": not_utf8})):
+        with pytest.raises(PromptError, match=r"\.parquet is not readable as parquet: .*Write it again"):
+            list(read_prompts(path))
+
+
 def test_a_parquet_row_group_that_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts_module, "_MAX_ROW_GROUP_BYTES", 4 << 20)
-    columns = {"prompt": [f"{k:>1000}" for k in range(10_000)], "picture": [os.urandom(100)] * 10_000}
-    assert sum(1 for _ in read_prompts(write_parquet(tmp_path / "a.parquet", columns, row_group_size=1000))) == 10_000
-    with pytest.raises(PromptError, match=r"row group 0 has \d+ MiB of prompts, more than 4\. .*row_group_size"):
-        list(read_prompts(write_parquet(tmp_path / "b.parquet", columns)))
+    monkeypatch.setattr(prompts_module, "_MAX_ROW_GROUP_BYTES", 1 << 20)
+    columns = {"prompt": [f"{k:>1000}" for k in range(2000)], "picture": [os.urandom(3000) for _ in range(2000)]}
+    path = write_parquet(tmp_path / "small.parquet", columns, row_group_size=500)
+    with peak_below(2 << 20):  # half a megabyte of prompts; the pictures beside them are neither counted nor read
+        assert sum(1 for _ in read_prompts(path)) == 2000
+    with pytest.raises(PromptError, match=r"row group 0 has 1 MiB of prompts, more than 1\. .*row_group_size"):
+        list(read_prompts(write_parquet(tmp_path / "large.parquet", columns)))
 
 
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +292,19 @@ def test_the_source_digest_follows_content_and_how_it_is_read_but_not_where_it_l
     assert len({digest, *map(source_digest, different)}) == 6
 
 
+def test_only_a_json_list_takes_its_style_from_its_name(tmp_path: Path) -> None:
+    assert source_digest(write(tmp_path / "anime.txt", "a star")) == source_digest(write(tmp_path / "b.txt", "a star"))
+
+
+def test_a_source_that_cannot_be_hashed_is_a_prompt_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise StorageError(f"Cannot read {path}: permission denied.")
+
+    monkeypatch.setattr(prompts_module, "sha256_file", refuse)
+    with pytest.raises(PromptError, match=r"Cannot read .*a\.txt: permission denied\. Or give another"):
+        source_digest(write(tmp_path / "a.txt", "a star"))
+
+
 def test_the_digest_of_a_folder_sees_each_of_its_lists(tmp_path: Path) -> None:
     for style in HPS_STYLES:
         write(tmp_path / f"{style}.json", '["a star"]')
@@ -294,6 +324,7 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS
 
 def test_the_digest_is_sha256_of_the_case_folded_text_and_ignores_the_style() -> None:
     assert Prompt("aBc", "ink").digest == Prompt("abc").digest == ABC
+    assert len(Prompt("half a pair \ud800").digest) == 64
     assert Prompt("cafe\u0301").digest == Prompt("CAF\u00c9").digest != Prompt("cafe").digest
 
 
