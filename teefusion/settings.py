@@ -92,6 +92,8 @@ class StrategySettings(_Section):
             raise ValueError(
                 f"guidance_min ({self.guidance_min:g}) is above guidance_max ({self.guidance_max:g}): swap them"
             )
+        if self.guidance_max <= 1:
+            raise ValueError(f"guidance_max is {self.guidance_max:g}: at 1 and below there is no guidance to teach")
         return self
 
 
