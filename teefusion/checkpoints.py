@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from teefusion.errors import IntegrityError
+from safetensors import SafetensorError
+
+from teefusion.errors import IntegrityError, StorageError
 from teefusion.storage import read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,13 @@ def save_checkpoint(accelerator: Any, folder: Path, step: int, *, keep: int) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
+        raise StorageError(
+            f"Cannot write the checkpoint of step {step} in {folder}: {error}. Free some space and run again: training "
+            "continues from the checkpoint before it."
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())

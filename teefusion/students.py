@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import StableDiffusion3Pipeline
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
-from teefusion.errors import StudentError
+from teefusion.errors import StorageError, StudentError
 from teefusion.fusion import FusedConditioning, Fusion, fuse, fusion_from_config, pack
 from teefusion.storage import publish_folder
 
@@ -97,10 +98,9 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
         return super().__call__(*args, max_sequence_length=length, **kwargs)
 
 
-def make_student(teacher_pipeline: Any, transformer: Any, fusion: Fusion, *, max_sequence_length: int) -> Any:
-    """A student pipeline around a trained (fused or stock) transformer; all else is the teacher's."""
-    parts = {name: getattr(teacher_pipeline, name, None) for name in teacher_pipeline.components}
-    parts["transformer"] = transformer
+def make_student(pipeline: Any, fusion: Fusion, *, max_sequence_length: int) -> Any:
+    """A student pipeline of a stock one's parts; its transformer is fused unless it is so already."""
+    parts = {name: getattr(pipeline, name, None) for name in pipeline.components}
     student = TeEFusionSD3Pipeline(**parts, fusion=fusion.model_dump(), max_sequence_length=max_sequence_length)
     student.set_progress_bar_config(disable=True)
     return student
@@ -112,7 +112,12 @@ def save_student(student: Any, folder: Path) -> None:
     Raises StudentError if the saved copy differs, StorageError if it cannot be written.
     """
     with publish_folder(folder) as temporary:
-        student.save_pretrained(temporary, safe_serialization=True)
+        try:
+            student.save_pretrained(temporary, safe_serialization=True)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"Cannot write the student to {folder}: {error}. Free some space and run again."
+            ) from error
         _check_copy(student, load_student(temporary))
 
 

@@ -75,21 +75,33 @@ class TeacherDenoiser:
         return conditional, unconditional
 
 
-def load_teacher(settings: TeacherSettings, *, device: str = "auto") -> Teacher:
-    """Load a teacher's pipeline, frozen, in eval mode.
+def load_transformer(settings: TeacherSettings) -> tuple[Any, SD3Family]:
+    """The teacher's transformer alone, in float32 on the CPU, as a student starts: no rank holds text encoders.
+
+    Raises what ``load_teacher`` raises.
+    """
+    folder, family, revision, _ = _identify(settings)
+    import diffusers
+
+    transformer_class = getattr(diffusers, family.transformer_class)
+    source: str | Path = folder or settings.uri
+    options = {} if folder else {"revision": revision}
+    try:
+        transformer = transformer_class.from_pretrained(
+            source, subfolder="transformer", dtype=torch.float32, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(f"Cannot load the transformer of {source}: {error}") from error
+    return transformer, family
+
+
+def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: Any) -> Teacher:
+    """Load a teacher's pipeline, frozen, in eval mode. ``parts`` take the place of those in the folder.
 
     Raises TeacherError if the folder or hub id cannot be loaded, is of no supported family, or is another revision
     than the settings name.
     """
-    folder = bundled_path(settings.uri)
-    index = _model_index(folder, settings)
-    family = family_of(index["transformer"][1])
-    found = revision_of(settings)
-    if settings.revision is not None and found != settings.revision:
-        raise TeacherError(
-            f"Teacher {settings.uri} has changed: this run was made for revision {settings.revision}, found {found}. "
-            "Start a new run, or restore the teacher."
-        )
+    folder, family, found, index = _identify(settings)
     import diffusers
 
     pipeline_class = getattr(diffusers, family.pipeline_class)
@@ -97,6 +109,7 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto") -> Teacher:
     options: dict[str, Any] = {} if folder else {"revision": found}
     # A part that the folder lists as null (SD3 without T5) has to be named, or diffusers reports it missing.
     options |= {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    options |= parts
     try:
         pipeline = pipeline_class.from_pretrained(
             source, dtype=getattr(torch, settings.dtype), use_safetensors=True, **options
@@ -113,6 +126,20 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto") -> Teacher:
             module.requires_grad_(False).eval()
     log.info("teacher %s (%s, revision %s) on %s", settings.name, family.name, found, resolved)
     return Teacher(pipeline, family, settings, resolved)
+
+
+def _identify(settings: TeacherSettings) -> tuple[Path | None, SD3Family, str, dict[str, Any]]:
+    """Folder (none for a hub id), family, revision and table of parts. Raises TeacherError, for a change too."""
+    folder = bundled_path(settings.uri)
+    index = _model_index(folder, settings)
+    family = family_of(index["transformer"][1])
+    found = revision_of(settings)
+    if settings.revision is not None and found != settings.revision:
+        raise TeacherError(
+            f"Teacher {settings.uri} has changed: this run was made for revision {settings.revision}, found {found}. "
+            "Start a new run, or restore the teacher."
+        )
+    return folder, family, found, index
 
 
 def _model_index(folder: Path | None, settings: TeacherSettings) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teefusion.checkpoints import load_latest, save_checkpoint
 from teefusion.distillation import ResidualMeter, distillation_loss
 from teefusion.errors import TeEFusionError, TrainingError
-from teefusion.families import SD3Family, TextEmbeddings
+from teefusion.families import TextEmbeddings
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.progress import Progress
@@ -38,7 +38,7 @@ from teefusion.shards import read_tensors
 from teefusion.storage import write_json
 from teefusion.stream import States, StateStream, read_null
 from teefusion.students import make_student, save_student
-from teefusion.teachers import Teacher, load_teacher
+from teefusion.teachers import load_teacher, load_transformer
 from teefusion.tracking import Tracker
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
@@ -98,18 +98,16 @@ class _Run:
         set_seed(self.options.seed)
         self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
         self.device = self.accelerator.device
-        self.teacher = load_teacher(settings.teacher.model_copy(update={"dtype": "float32"}), device="cpu")
-        self.family: SD3Family = self.teacher.family
+        transformer, self.family = load_transformer(settings.teacher)
         self.stream = StateStream(targets, manifest, "train")
         self.heldout = StateStream(targets, manifest, "heldout")
         self.null_P = read_null(targets, manifest).pooled_BP[0].to(self.device)
-        self.fusion = _fusion(settings, self.teacher, targets, manifest)
+        self.fusion = _fusion(settings, transformer.time_text_embed, targets, manifest)
         self.gap_scale = _mean_gap(self.heldout)
         self.position = _Position()
-        self._build()
+        self._build(fuse(transformer, self.fusion).train().requires_grad_(True))
 
-    def _build(self) -> None:
-        transformer = fuse(self.teacher.pipeline.transformer, self.fusion).train().requires_grad_(True)
+    def _build(self, transformer: Any) -> None:
         options = self.options
         optimizer = torch.optim.AdamW(
             transformer.parameters(),
@@ -264,13 +262,9 @@ class _Run:
             record = self._record(meter, resumed)
             transformer = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             with self._averaged_weights():
-                transformer.eval().to("cpu")
-                student = make_student(
-                    self.teacher.pipeline,
-                    transformer,
-                    self.fusion,
-                    max_sequence_length=self.settings.teacher.max_sequence_length,
-                )
+                options = self.settings.teacher.model_copy(update={"dtype": "float32"})
+                teacher = load_teacher(options, device="cpu", transformer=transformer.eval().to("cpu"))
+                student = make_student(teacher.pipeline, self.fusion, max_sequence_length=options.max_sequence_length)
                 save_student(student, self.output / "student")
                 self._log_samples(student)
             write_json(self.output / RESULT, record)
@@ -331,12 +325,12 @@ def _check_world(options: TrainSettings, ranks: int) -> None:
         )
 
 
-def _fusion(settings: Settings, teacher: Teacher, targets: Path, manifest: Manifest) -> Fusion:
+def _fusion(settings: Settings, stock: Any, targets: Path, manifest: Manifest) -> Fusion:
     """The variant's constants; sizes are measured on the first block of training prompts."""
     block = read_tensors(targets, manifest.train.embeddings[0])
     pooled_BP, null_P = block["pooled"].float(), read_null(targets, manifest).pooled_BP[0].float()
     guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
-    options, stock = settings.fusion, teacher.pipeline.transformer.time_text_embed
+    options = settings.fusion
     sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=options.convention)
     return make_fusion(options.variant, convention=options.convention, **sizes)
 

@@ -22,7 +22,7 @@ from teefusion.students import TeEFusionSD3Pipeline, load_student, make_student,
 @pytest.fixture(scope="module")
 def student(tiny_teacher: Path) -> Any:
     teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
-    return make_student(teacher, teacher.transformer, make_fusion("paper"), max_sequence_length=0)
+    return make_student(teacher, make_fusion("paper"), max_sequence_length=0)
 
 
 @pytest.fixture
@@ -122,6 +122,14 @@ def test_the_stock_class_loads_a_students_weights(student: Any, tmp_path: Path) 
     stock = StableDiffusion3Pipeline.from_pretrained(tmp_path / "student", text_encoder_3=None, tokenizer_3=None)
     state = student.transformer.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in stock.transformer.state_dict().items())
+
+
+def test_it_runs_in_bfloat16(student: Any, tmp_path: Path) -> None:
+    save_student(student, tmp_path / "student")
+    half = load_student(tmp_path / "student", dtype=torch.bfloat16)
+    latents = half("a", num_inference_steps=2, guidance_scale=4.0, output_type="latent").images
+    assert latents.dtype == half.transformer.dtype == torch.bfloat16
+    assert bool(torch.isfinite(latents.float()).all())
 
 
 def test_a_pipeline_without_fusion_is_refused(tiny_teacher: Path) -> None:

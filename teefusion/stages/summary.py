@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from teefusion.settings import Settings
 from teefusion.storage import write_bytes, write_json
 from teefusion.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 
 def summarize(settings: Settings, *, error: str | None = None) -> dict[str, Any]:
@@ -24,8 +27,29 @@ def summarize(settings: Settings, *, error: str | None = None) -> dict[str, Any]
         write_bytes(workspace.root / "report.html", report.read_bytes())
         summary["report"] = str(workspace.root / "report.html")
     write_json(workspace.run / "summary.json", summary)
+    if error or not all(record["reused"] for record in records.values()):
+        _track(settings, summary)
     shutil.copyfile(workspace.run / "summary.json", workspace.root / "summary.json")
     return summary
+
+
+def _track(settings: Settings, summary: dict[str, Any]) -> None:
+    """Scores, verdict and report into the MLflow run, which is over; the summary stands without it."""
+    from teefusion.errors import TrackingError
+    from teefusion.tracking import Tracker
+
+    try:
+        tracker = Tracker.open(settings)
+    except TrackingError as error:
+        log.warning("%s", error)
+        return
+    for row, scores in (summary["scores"] or {}).items():
+        tracker.log_metrics({f"score/{row}/{style}": score for style, score in scores.items()})
+    if summary["gate"]:
+        tracker.set_tags({"teefusion.gate": "passed" if summary["gate"]["passed"] else "failed"})
+    if summary["report"]:
+        tracker.log_file(Path(summary["report"]))
+    tracker.finish(failed=summary["error"] is not None)
 
 
 def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
