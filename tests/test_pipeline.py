@@ -54,7 +54,7 @@ def test_a_run_that_passes_registers_and_its_rerun_makes_nothing_anew(options: l
     assert set(summary["scores"]["student"]) == {"overall", "anime", "photo"}
     assert set(summary["stages"]) == {"ingest", "targets", "train", "evaluate", "register"}
     assert not any(stage["reused"] for stage in summary["stages"].values())
-    assert (work / "report.html").read_text().startswith("<!doctype html>")
+    assert (work / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert Path(summary["student"], "model_index.json").exists()
 
     again = run(*options, *PASS)
