@@ -92,7 +92,11 @@ _SHARED = (
         "--workdir", type=click.Path(path_type=Path), default=None, help="Folder for everything made.  [default: work]"
     ),
     click.option(
-        "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any setting by its dotted name; repeatable."
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any setting by its dotted name; repeatable, and stronger than the options.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
     click.option("--debug", is_flag=True, help="Tracebacks, and the libraries' own logs."),

@@ -61,7 +61,7 @@ def test_a_run_that_passes_registers_and_its_rerun_makes_nothing_anew(options: l
     assert all(stage["reused"] for stage in again["stages"].values())
     assert again["model"] == summary["model"]
 
-    longer = run(*options, *PASS, "--steps", "8")
+    longer = run(*options, *PASS, "--set", "train.steps=8")
     reused = {name: stage["reused"] for name, stage in longer["stages"].items()}
     assert reused == {"ingest": True, "targets": True, "train": False, "evaluate": False, "register": False}
     assert longer["model"]["version"] == 2
