@@ -62,12 +62,10 @@ class TeacherDenoiser:
         count = text.pooled_BP.shape[0]
         self._tokens = torch.cat([text.tokens_BTE, null.tokens_BTE.expand(count, -1, -1)])
         self._pooled = torch.cat([text.pooled_BP, null.pooled_BP.expand(count, -1)])
-        self.forwards = 0  # a picture
 
     @torch.no_grad()
     def both(self, x_BCHW: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional velocity [B, C, H, W], float32."""
-        self.forwards += 2
         velocity = self._teacher.family.velocity(
             self._teacher.pipeline.transformer, torch.cat([x_BCHW, x_BCHW]), timestep, self._tokens, self._pooled
         )
