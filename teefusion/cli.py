@@ -32,7 +32,7 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "guidance-min": ("strategy.guidance_min", float, "Smallest guidance scale taught (diffusers' s)."),
     "guidance-max": ("strategy.guidance_max", float, "Largest guidance scale taught (diffusers' s)."),
     "trajectories": ("targets.trajectories", int, "Teacher trajectories to store."),
-    "fusion": ("fusion.variant", str, "Fused term: published, paper or balanced."),
+    "fusion": ("fusion.variant", str, "Fused term: balanced, paper, published, linear, unmodulated or distill_cfg."),
     "steps": ("train.steps", int, "Optimizer steps."),
     "batch-size": ("train.batch_size", int, "States an optimizer step, over all ranks."),
     "learning-rate": ("train.learning_rate", float, "Peak learning rate."),

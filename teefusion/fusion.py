@@ -6,20 +6,24 @@ TeEFusion (ICCV 2025, arXiv 2507.18192) replaces the stock conditioning ``G(psi(
 
 with ``psi`` the sinusoid, ``G`` the timestep MLP, ``F`` the pooled-text MLP, ``c`` and ``null`` the pooled embeddings
 of the prompt and of the empty prompt, ``g`` the guidance. All of ``G`` and ``F`` is the teacher's: no new parameter.
+The other variants are the paper's ablations, and DistillCFG, its baseline with a guidance MLP of its own.
 
 Axes: B = pictures in the batch, P = width of the pooled text, D = width of the conditioning vector.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-Variant = Literal["published", "paper", "balanced"]
+Variant = Literal["published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"]
 Convention = Literal["s", "w"]
+GUIDANCE_EMBEDDER = "guidance_embedder"
+"""The one module that a variant adds: DistillCFG's MLP, in ``time_text_embed``."""
 
 
 class Fusion(BaseModel):
@@ -35,21 +39,28 @@ class Fusion(BaseModel):
     divisor: float = Field(default=1.0, gt=0)
     """What the term is divided by."""
 
+    @property
+    def adds_parameters(self) -> bool:
+        """Whether a student has weights that its teacher has not."""
+        return self.variant == "distill_cfg"
+
 
 def make_fusion(
     variant: Variant, *, convention: Convention = "s", term_rms: float = 1.0, temb_rms: float = 1.0
 ) -> Fusion:
     """Constants of a variant. The two sizes, measured on the teacher, are used by ``balanced`` alone.
 
-    ``published`` has the factors of the authors' released pipeline, which their formula does not show; ``paper`` is
-    the formula with no divisor. ``balanced`` makes the term start as large as the conditioning it is added to, in
-    teachers of any size: /256 starves a small teacher of the signal (docs/method.md).
+    published    x1000 and /256, the factors of the authors' released pipeline, which their formula does not show
+    paper        the formula as printed, with no divisor
+    balanced     divided so that the term starts as large as the conditioning it is added to, in teachers of any size:
+                 /256 starves a small teacher of the signal (docs/method.md)
+    linear       the paper's ablation without the sinusoid: ``F(c + w (c - null))`` in place of ``F(c)``
+    unmodulated  the paper's ablation without the scale: the term is ``F(c - null)`` alone
+    distill_cfg  the baseline of Meng et al. (arXiv 2210.03142): the term is an MLP of psi(frequency * g), added
+                 parameters whose last layer starts at zero
     """
-    if variant == "published":
-        return Fusion(variant=variant, convention=convention, divisor=256.0)
-    if variant == "paper":
-        return Fusion(variant=variant, convention=convention)
-    return Fusion(variant=variant, convention=convention, divisor=term_rms / temb_rms)
+    divisor = {"published": 256.0, "balanced": term_rms / temb_rms}.get(variant, 1.0)
+    return Fusion(variant=variant, convention=convention, divisor=divisor)
 
 
 def pack(pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> Tensor:
@@ -68,7 +79,8 @@ def pack(pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> Tensor:
 class FusedConditioning(nn.Module):
     """Takes the place of a transformer's ``time_text_embed``, reuses its modules, and keeps their parameter names.
 
-    So a student's state dict is the teacher's, name by name and shape by shape, and loads into the stock class.
+    So a student's state dict is the teacher's, name by name and shape by shape, and loads into the stock class; that
+    of the ``distill_cfg`` variant has a ``guidance_embedder`` more.
     """
 
     time_proj: Any
@@ -82,6 +94,7 @@ class FusedConditioning(nn.Module):
         self.text_embedder = stock.text_embedder
         self.fusion = fusion
         self.pooled_width = int(self.text_embedder.linear_1.in_features)
+        self.guidance_embedder = _silent_copy(self.timestep_embedder) if fusion.adds_parameters else None
 
     def forward(self, timestep: Tensor, packed: Tensor) -> Tensor:
         """Conditioning [B, D] from timesteps [B] in 0..1000 and the tensor [B, 2P + 1] made by ``pack``."""
@@ -92,20 +105,40 @@ class FusedConditioning(nn.Module):
                 f"guidance, made by teefusion.fusion.pack), got {packed.shape[-1]}. Use a TeEFusion pipeline."
             )
         pooled_BP, null_BP, guidance_B1 = packed.split([width, width, 1], dim=-1)
-        time_BD, text_BD = self._time(timestep), self._text(pooled_BP)
-        guidance_B = guidance_B1[:, 0] - (1.0 if self.fusion.convention == "w" else 0.0)
-        strength_BD = self._time(guidance_B * self.fusion.frequency)
-        direction_BD = self._text(pooled_BP - null_BP)
-        # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.
-        term_BD = strength_BD.float() * direction_BD.float() / self.fusion.divisor
-        return (time_BD.float() + text_BD.float() + term_BD).to(time_BD.dtype)
+        direction_BP = pooled_BP - null_BP
+        if self.fusion.variant == "linear":
+            pooled_BP = pooled_BP + (guidance_B1 - 1.0) * direction_BP
+        time_BD = self._time(timestep)
+        temb_BD = time_BD.float() + self._text(pooled_BP).float()
+        if self.fusion.variant != "linear":
+            temb_BD = temb_BD + self._term(direction_BP, guidance_B1[:, 0])
+        return temb_BD.to(time_BD.dtype)
 
-    def _time(self, value_B: Tensor) -> Tensor:
-        dtype = self.timestep_embedder.linear_1.weight.dtype
-        return self.timestep_embedder(self.time_proj(value_B).to(dtype))  # type: ignore[no-any-return]
+    def _term(self, direction_BP: Tensor, s_B: Tensor) -> Tensor:
+        """What is added to the stock conditioning [B, D], float32."""
+        fusion = self.fusion
+        if fusion.variant == "unmodulated":
+            return self._text(direction_BP).float() / fusion.divisor
+        g_B = (s_B - 1.0 if fusion.convention == "w" else s_B) * fusion.frequency
+        if self.guidance_embedder is not None:
+            return self._time(g_B, self.guidance_embedder).float()
+        # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.
+        return self._time(g_B).float() * self._text(direction_BP).float() / fusion.divisor
+
+    def _time(self, value_B: Tensor, embedder: Any = None) -> Tensor:
+        embedder = embedder or self.timestep_embedder
+        return embedder(self.time_proj(value_B).to(embedder.linear_1.weight.dtype))  # type: ignore[no-any-return]
 
     def _text(self, pooled_BP: Tensor) -> Tensor:
         return self.text_embedder(pooled_BP.to(self.text_embedder.linear_1.weight.dtype))  # type: ignore[no-any-return]
+
+
+def _silent_copy(embedder: Any) -> Any:
+    """An MLP of the same shape whose output is zero until it is trained, and whose first layer is the original's."""
+    copied = copy.deepcopy(embedder)
+    nn.init.zeros_(copied.linear_2.weight)
+    nn.init.zeros_(copied.linear_2.bias)
+    return copied
 
 
 @torch.no_grad()
@@ -134,7 +167,9 @@ def fuse(transformer: Any, fusion: Fusion) -> Any:
     before = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     transformer.time_text_embed = FusedConditioning(transformer.time_text_embed, fusion)
     after = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    assert before == after, "fusion must keep every parameter's name and shape"
+    added = {name for name in after if name.startswith(f"time_text_embed.{GUIDANCE_EMBEDDER}.")}
+    assert before == {name: shape for name, shape in after.items() if name not in added}, "names and shapes stay"
+    assert bool(added) == fusion.adds_parameters, "only distill_cfg adds parameters"
     return transformer
 
 

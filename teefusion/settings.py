@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,7 @@ ENV_PREFIX = "TEEFUSION_"
 _OTHER_VARIABLES = frozenset({"TEEFUSION_IMAGE", "TEEFUSION_PROGRESS_TTY"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Inverse = Literal["aligned", "official", "picard"]
 
 
 class _Section(BaseModel):
@@ -74,17 +75,71 @@ class PromptSettings(_Section):
     operational: ClassVar[frozenset[str]] = frozenset({"source"})
 
 
+class WeightsSource(_Section):
+    """Further weights that a strategy compares the teacher with."""
+
+    uri: str
+    """Diffusers folder or hub id; for a LoRA also a .safetensors file."""
+    revision: str | None = None
+    """Hub commit or digest (`sha256:...`); filled in when the run starts."""
+
+
+class LegSettings(_Section):
+    """One of reflection's velocities."""
+
+    guidance: float | None = Field(default=None, ge=0, le=100)
+    """diffusers' s; none is the trajectory's own for strong and normal, the strategy's default for weak. At 1 and at
+    0 one branch is enough, and one is computed."""
+    transformer: Literal["teacher", "second"] = "teacher"
+    """`second` is strategy.second."""
+    lora_scale: float = Field(default=0.0, ge=-10, le=10)
+    """Of strategy.lora."""
+
+
 class StrategySettings(_Section):
     """How the teacher samples."""
 
-    name: Literal["euler_cfg"] = "euler_cfg"
-    """`euler_cfg`: Euler steps with classifier-free guidance."""
+    name: Literal["euler_cfg", "z_sampling", "w2sd"] = "euler_cfg"
+    """`euler_cfg`: Euler steps with classifier-free guidance. `z_sampling`, `w2sd`: each step is taken strongly, taken
+    back weakly, and taken again; in `z_sampling` strong and weak differ in guidance alone."""
     num_steps: int = Field(default=28, ge=2, le=1000)
     """Steps N of the sigma grid."""
     guidance_min: float = Field(default=1.0, ge=0)
     """Smallest guidance scale taught (diffusers' s)."""
     guidance_max: float = Field(default=7.0, ge=0, le=100)
     """Largest guidance scale taught (diffusers' s)."""
+    strong: LegSettings = LegSettings()
+    """Reflection: the first step."""
+    weak: LegSettings = LegSettings()
+    """Reflection: the step back. Its guidance is 0 in `z_sampling` and 1 in `w2sd` unless set, as published."""
+    normal: LegSettings | None = None
+    """Reflection: the step that counts; none is as `strong`."""
+    reflected_steps: int | None = Field(default=None, ge=0)
+    """Steps, from the noisiest on, that reflect; none is all but the last."""
+    inverse: Inverse = "aligned"
+    """Reflection: how the weak step is taken back. `aligned`: at the next timestep of the shifted schedule.
+    `official`: at the old timestep, as the published code. `picard`: exactly, by fixed-point iteration."""
+    picard_iterations: int = Field(default=8, ge=1, le=100)
+    """Each costs the weak leg's forwards."""
+    picard_tolerance: float = Field(default=1e-3, gt=0)
+    """Largest relative change of the state in the last iteration."""
+    second: WeightsSource | None = None
+    """A second transformer, of the teacher's shape."""
+    lora: WeightsSource | None = None
+    """A LoRA of the teacher's transformer."""
+
+    @property
+    def reflections(self) -> int:
+        """Steps that reflect."""
+        if self.name == "euler_cfg":
+            return 0
+        return self.num_steps - 1 if self.reflected_steps is None else self.reflected_steps
+
+    @property
+    def weak_leg(self) -> LegSettings:
+        """``weak`` with its guidance filled in."""
+        default = 0.0 if self.name == "z_sampling" else 1.0
+        return self.weak if self.weak.guidance is not None else self.weak.model_copy(update={"guidance": default})
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> Self:
@@ -94,6 +149,32 @@ class StrategySettings(_Section):
             )
         if self.guidance_max <= 1:
             raise ValueError(f"guidance_max is {self.guidance_max:g}: at 1 and below there is no guidance to teach")
+        return self
+
+    @model_validator(mode="after")
+    def _reflection_is_possible(self) -> Self:
+        if self.reflections > self.num_steps - 1:
+            raise ValueError(
+                f"reflected_steps ({self.reflections}) is above num_steps - 1 ({self.num_steps - 1}): the last step "
+                "ends at sigma 0, where no network was trained, so it cannot be taken back"
+            )
+        legs = {"strong": self.strong, "weak": self.weak, "normal": self.normal or self.strong}
+        if self.name == "euler_cfg" and any(leg != LegSettings() for leg in legs.values()):
+            raise ValueError("strong, weak and normal mean nothing to euler_cfg: set name to z_sampling or w2sd")
+        for name in ("strong", "normal"):
+            if legs[name].guidance == 0:
+                raise ValueError(f"{name}.guidance is 0, which leaves nothing of the prompt: only weak may be 0")
+        if self.name == "z_sampling" and self.normal is not None:
+            raise ValueError("z_sampling has no normal leg: its strong one steps again; set name to w2sd")
+        weights = {(leg.transformer, leg.lora_scale) for leg in legs.values()}
+        if self.name == "z_sampling" and len(weights) > 1:
+            raise ValueError("in z_sampling strong and weak differ in guidance alone: set name to w2sd")
+        if self.second is None and any(transformer == "second" for transformer, _ in weights):
+            raise ValueError("a leg has transformer: second, but second.uri is not set")
+        if any(transformer == "second" and scale for transformer, scale in weights):
+            raise ValueError("a leg has both transformer: second and a lora_scale: the LoRA is the teacher's")
+        if self.lora is None and any(scale for _, scale in weights):
+            raise ValueError("a leg has a lora_scale, but lora.uri is not set")
         return self
 
 
@@ -119,9 +200,10 @@ class TargetSettings(_Section):
 class FusionSettings(_Section):
     """The term added to the conditioning vector (see `teefusion.fusion`)."""
 
-    variant: Literal["published", "paper", "balanced"] = "balanced"
-    """`published`: x1000 and /256 as in the released student; `paper`: the printed formula, s x1000 and no divisor;
-    `balanced`: divided so that the term starts as large as the conditioning it joins."""
+    variant: Literal["published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"] = "balanced"
+    """`published`: x1000 and /256 as in the released student. `paper`: the printed formula, s x1000 and no divisor.
+    `balanced`: divided so that the term starts as large as the conditioning it joins. `linear`, `unmodulated`: the
+    paper's ablations. `distill_cfg`: a guidance MLP, the baseline that adds parameters."""
     convention: Literal["s", "w"] = "s"
     """What the term is made of: diffusers' scale s, or the paper's strength w = s - 1."""
 
@@ -410,8 +492,10 @@ def _refuse_unknown_variables() -> None:
         )
 
 
-def _variable_names() -> Iterator[str]:
-    for name, field in Settings.model_fields.items():
-        yield name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from (f"{name}__{key}" for key in field.annotation.model_fields)
+def _variable_names(model: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
+    """Names of all settings, nested with two underscores."""
+    for name, field in (model or Settings).model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, _Section):
+                yield from _variable_names(kind, f"{prefix}{name}__")

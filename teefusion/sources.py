@@ -7,8 +7,8 @@ from pathlib import Path
 from teefusion import shapes
 from teefusion.errors import TeacherError
 from teefusion.prompts import source_digest
-from teefusion.settings import Settings, TeacherSettings
-from teefusion.storage import sha256_folder
+from teefusion.settings import Settings, TeacherSettings, WeightsSource
+from teefusion.storage import sha256_file, sha256_folder
 
 _BUNDLED_TEACHER = "bundled:shapes"
 
@@ -26,28 +26,36 @@ def prompt_path(source: str) -> Path:
     return shapes.PROMPTS_FILE if source == "bundled:shapes" else Path(source)
 
 
-def revision_of(settings: TeacherSettings) -> str:
-    """``sha256:...`` over the files of a folder; the commit of a hub id. Raises TeacherError."""
-    folder = bundled_path(settings.uri)
+def revision_of(source: TeacherSettings | WeightsSource) -> str:
+    """``sha256:...`` over a file or the files of a folder; the commit of a hub id. Raises TeacherError."""
+    folder = bundled_path(source.uri)
     if folder is not None:
         return f"sha256:{sha256_folder(folder)[:16]}"
+    if Path(source.uri).is_file():
+        return f"sha256:{sha256_file(Path(source.uri))[:16]}"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        sha = HfApi().model_info(settings.uri, revision=settings.revision).sha
+        sha = HfApi().model_info(source.uri, revision=source.revision).sha
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TeacherError(
-            f"Cannot look up {settings.uri!r} on the hub: {error}. Check the id, the network and, for a gated model, "
+            f"Cannot look up {source.uri!r} on the hub: {error}. Check the id, the network and, for a gated model, "
             "that HF_TOKEN is set and its licence accepted; or give a local diffusers folder."
         ) from error
     if sha is None:
-        raise TeacherError(f"The hub gave no commit for {settings.uri!r}; set teacher.revision.")
+        raise TeacherError(f"The hub gave no commit for {source.uri!r}; set its revision.")
     return str(sha)
 
 
 def pin(settings: Settings) -> Settings:
-    """The settings with teacher revision and prompt digest filled in, so that they describe one run for good."""
+    """The settings with revisions and prompt digest filled in, so that they describe one run for good."""
     teacher = settings.teacher.model_copy(update={"revision": revision_of(settings.teacher)})
     prompts = settings.prompts.model_copy(update={"sha256": source_digest(prompt_path(settings.prompts.source))})
-    return settings.model_copy(update={"teacher": teacher, "prompts": prompts})
+    further = {
+        name: source.model_copy(update={"revision": revision_of(source)})
+        for name in ("second", "lora")
+        if (source := getattr(settings.strategy, name)) is not None
+    }
+    strategy = settings.strategy.model_copy(update=further)
+    return settings.model_copy(update={"teacher": teacher, "prompts": prompts, "strategy": strategy})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from teefusion.errors import StorageError, StudentError
-from teefusion.fusion import FusedConditioning, Fusion, fuse, fusion_from_config, pack
+from teefusion.fusion import GUIDANCE_EMBEDDER, FusedConditioning, Fusion, fuse, fusion_from_config, pack
+from teefusion.loading import load_models
 from teefusion.storage import publish_folder
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
         feature_extractor: Any = None,
         fusion: dict[str, Any] | None = None,
         max_sequence_length: int = 256,
+        guidance_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             transformer=transformer,
@@ -72,9 +76,32 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
             constants = fusion_from_config(dict(fusion))
         except ValidationError as error:
             raise StudentError(f"model_index.json: 'fusion' is not usable: {error.errors()[0]['msg']}.") from error
-        self.register_to_config(fusion=constants.model_dump(), max_sequence_length=max_sequence_length)
+        self.register_to_config(
+            fusion=constants.model_dump(),
+            max_sequence_length=max_sequence_length,
+            guidance_range=list(guidance_range) if guidance_range else None,
+        )
+        self._warned = False
         if not isinstance(transformer.time_text_embed, FusedConditioning):
             fuse(transformer, constants)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """See DiffusionPipeline. Beside that, refuses incomplete weights, and reads those that a guidance MLP adds."""
+        index = cls.load_config(pretrained_model_name_or_path, revision=kwargs.get("revision"))
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        models = load_models(
+            pretrained_model_name_or_path,
+            index,
+            dtype=kwargs.get("dtype", torch.float32),
+            error=StudentError,
+            besides=kwargs,
+            **hub,
+        )
+        student = super().from_pretrained(pretrained_model_name_or_path, **(models | kwargs))
+        if student.transformer.time_text_embed.fusion.adds_parameters:
+            _load_guidance_embedder(student.transformer, Path(pretrained_model_name_or_path) / "transformer")
+        return student
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -86,7 +113,19 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
         tokens, _, pooled, _ = super().encode_prompt(*args, **(kwargs | {"do_classifier_free_guidance": False}))
         null = [self._get_clip_prompt_embeds("", device=pooled.device, clip_model_index=k)[1] for k in (0, 1)]
         guidance = torch.tensor([float(self._guidance_scale)])
+        self._warn_outside_range(float(self._guidance_scale))
         return tokens, None, pack(pooled, torch.cat(null, dim=-1)[0], guidance), None
+
+    def _warn_outside_range(self, s: float) -> None:
+        """Once a pipeline: such pictures are extrapolated."""
+        trained = self.config.guidance_range
+        if trained and not trained[0] <= s <= trained[1] and not self._warned:
+            self._warned = True
+            log.warning(
+                "guidance_scale %g is outside [%g, %g], which this student was trained on: expect worse pictures",
+                s,
+                *trained,
+            )
 
     def __call__(self, *args: Any, max_sequence_length: int | None = None, **kwargs: Any) -> Any:
         """See StableDiffusion3Pipeline. ``max_sequence_length`` defaults to the one the student was trained with."""
@@ -98,10 +137,17 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
         return super().__call__(*args, max_sequence_length=length, **kwargs)
 
 
-def make_student(pipeline: Any, fusion: Fusion, *, max_sequence_length: int) -> Any:
-    """A student pipeline of a stock one's parts; its transformer is fused unless it is so already."""
+def make_student(
+    pipeline: Any, fusion: Fusion, *, max_sequence_length: int, guidance_range: tuple[float, float] | None = None
+) -> Any:
+    """A student pipeline of a stock one's parts; its transformer is fused unless it is so already.
+
+    Outside ``guidance_range``, the scales it is trained on, the student warns once.
+    """
     parts = {name: getattr(pipeline, name, None) for name in pipeline.components}
-    student = TeEFusionSD3Pipeline(**parts, fusion=fusion.model_dump(), max_sequence_length=max_sequence_length)
+    student = TeEFusionSD3Pipeline(
+        **parts, fusion=fusion.model_dump(), max_sequence_length=max_sequence_length, guidance_range=guidance_range
+    )
     student.set_progress_bar_config(disable=True)
     return student
 
@@ -145,6 +191,24 @@ def load_student(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype 
     student.set_progress_bar_config(disable=True)
     student.vae.to(memory_format=torch.channels_last)  # as for the teacher, whose speed it is compared with
     return student.to(device)
+
+
+def _load_guidance_embedder(transformer: Any, folder: Path) -> None:
+    """The weights that ``distill_cfg`` adds. Raises StudentError if they are not in the folder."""
+    prefix = f"{GUIDANCE_EMBEDDER}."
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, value in load_file(file).items():
+            inside = name.removeprefix("time_text_embed.")
+            if inside.startswith(prefix):
+                found[inside.removeprefix(prefix)] = value
+    embedder = transformer.time_text_embed.guidance_embedder
+    if found.keys() != embedder.state_dict().keys():
+        raise StudentError(
+            f"{folder} holds no guidance MLP (time_text_embed.{prefix}*), which this student's fusion needs. Load it "
+            "from a local folder that 'teefusion train' made."
+        )
+    embedder.load_state_dict(found)
 
 
 def _check_copy(student: Any, copy: Any) -> None:

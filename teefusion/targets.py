@@ -27,6 +27,7 @@ from teefusion.settings import Settings
 from teefusion.shards import finished, read_tensors, write_tensors
 from teefusion.strategies import Grid, Strategy, effective_velocity, make_strategy
 from teefusion.teachers import Teacher, load_teacher
+from teefusion.weights import with_weights
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 class Draw:
     """What chance decides of one trajectory."""
 
+    prompt: str
+    seed: int
     noise_CHW: Tensor
     guidance: float
     steps_K: tuple[int, ...]
@@ -45,7 +48,7 @@ def generate_targets(settings: Settings, prompts: PromptSet, folder: Path) -> Ma
 
     Raises TeacherError, StorageError, and TrainingError for a teacher that gives non-finite velocities.
     """
-    teacher = load_teacher(settings.teacher, device=settings.device)
+    teacher = with_weights(load_teacher(settings.teacher, device=settings.device), settings.strategy)
     strategy = make_strategy(settings.strategy)
     null = finished(folder, "embeddings/null") or _write_embeddings(teacher, folder, "embeddings/null", [""])
     walker = _Walker(settings, teacher, strategy, folder, _text(read_tensors(folder, null)))
@@ -80,7 +83,7 @@ def draw(settings: Settings, split: Split, index: int, prompt: Prompt, latent_sh
     guidance = low + (high - low) * float(torch.rand((), generator=generator))
     order = torch.randperm(settings.strategy.num_steps, generator=generator)
     kept = sorted(order[: settings.targets.states_per_trajectory].tolist())
-    return Draw(noise, guidance, tuple(kept))
+    return Draw(prompt.text, seed, noise, guidance, tuple(kept))
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def walk(
 ) -> dict[str, Tensor]:
     """Sample a batch of trajectories and return their kept states as rows [B * K, ...], trajectory by trajectory.
 
-    Raises TrainingError naming trajectory and step when a velocity is not finite; such a row is never stored.
+    Raises TrainingError naming prompt, seed and step when a velocity is not finite; such a row is never stored.
     """
     model = teacher.denoiser(text, null)
     x = torch.stack([item.noise_CHW for item in draws]).to(teacher.device)  # [B, C, H, W], float32 between steps
@@ -99,11 +102,11 @@ def walk(
         step = strategy.step(model, grid, x, i, s)
         velocity = effective_velocity(grid, x, step.x_next_BCHW, i)
         if not bool(torch.isfinite(velocity).all()):
-            bad = int((~torch.isfinite(velocity)).flatten(1).any(1).nonzero()[0])
+            bad = draws[int((~torch.isfinite(velocity)).flatten(1).any(1).nonzero()[0])]
             raise TrainingError(
-                f"The teacher gave a non-finite velocity at step {i} of trajectory {bad} of this batch, guidance "
-                f"{draws[bad].guidance:.2f}. Nothing of the shard was stored. Try --set teacher.dtype=float32 or a "
-                "smaller strategy.guidance_max."
+                f"The teacher gave a non-finite velocity at step {i}, prompt {bad.prompt!r}, seed {bad.seed}, guidance "
+                f"{bad.guidance:.2f}. Nothing of the shard was stored. Try --set teacher.dtype=float32 or a smaller "
+                "strategy.guidance_max."
             )
         gap_B = (velocity - step.conditional_BCHW).square().mean(dim=(1, 2, 3))
         for b, item in enumerate(draws):

@@ -5,6 +5,7 @@ Axes: B = pictures, T = text tokens, E = token width, P = pooled width, C, H, W 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -12,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from teefusion.devices import resolve_device
 from teefusion.errors import TeacherError
 from teefusion.families import SD3Family, TextEmbeddings, family_of
+from teefusion.loading import load_models
 from teefusion.settings import TeacherSettings
 from teefusion.sources import bundled_path, revision_of
-from teefusion.strategies import Grid, make_grid
+from teefusion.strategies import TEACHER, Grid, Weights, make_grid
 
 log = logging.getLogger(__name__)
+
+_LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+LORA_ADAPTER = "strategy"
+"""Name of a strategy's LoRA on the teacher's transformer."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class Teacher:
     family: SD3Family
     settings: TeacherSettings
     device: str
+    second: Any = None
+    """Another transformer of the same shape, where a strategy compares with one (`teefusion.weights`)."""
+    has_lora: bool = False
+    """Whether the pipeline's transformer carries a strategy's LoRA."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -55,22 +66,55 @@ class Teacher:
 
 
 class TeacherDenoiser:
-    """Velocities of a teacher for one batch of prompts; both branches of guidance share a batch."""
+    """Velocities [B, C, H, W] of a teacher for one batch of prompts, float32; see ``strategies.Denoiser``."""
 
-    def __init__(self, teacher: Teacher, text: TextEmbeddings, null: TextEmbeddings) -> None:
-        self._teacher = teacher
+    def __init__(
+        self, teacher: Teacher, text: TextEmbeddings, null: TextEmbeddings, weights: Weights = TEACHER
+    ) -> None:
         count = text.pooled_BP.shape[0]
-        self._tokens = torch.cat([text.tokens_BTE, null.tokens_BTE.expand(count, -1, -1)])
-        self._pooled = torch.cat([text.pooled_BP, null.pooled_BP.expand(count, -1)])
+        self._teacher, self._weights = teacher, weights
+        self._text = text
+        self._null = TextEmbeddings(*(part.expand(count, *part.shape[1:]) for part in null))
+        # Joined once, as every step needs it.
+        self._both = TextEmbeddings(*(torch.cat(parts) for parts in zip(self._text, self._null, strict=True)))
+
+    def on(self, weights: Weights) -> TeacherDenoiser:
+        """The same prompts on other weights."""
+        if weights == self._weights:
+            return self
+        other = copy.copy(self)
+        other._weights = weights
+        return other
+
+    def conditional(self, x_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        """One branch."""
+        return self._velocity(x_BCHW, timestep, self._text)
+
+    def unconditional(self, x_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        """One branch."""
+        return self._velocity(x_BCHW, timestep, self._null)
+
+    def both(self, x_BCHW: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches of guidance, in one batch."""
+        conditional, unconditional = self._velocity(torch.cat([x_BCHW, x_BCHW]), timestep, self._both).chunk(2)
+        return conditional, unconditional
 
     @torch.no_grad()
-    def both(self, x_BCHW: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditional and unconditional velocity [B, C, H, W], float32."""
-        velocity = self._teacher.family.velocity(
-            self._teacher.pipeline.transformer, torch.cat([x_BCHW, x_BCHW]), timestep, self._tokens, self._pooled
-        )
-        conditional, unconditional = velocity.chunk(2)
-        return conditional, unconditional
+    def _velocity(self, x_BCHW: Tensor, timestep: Tensor, text: TextEmbeddings) -> Tensor:
+        teacher = self._teacher
+        transformer = teacher.second if self._weights.transformer == "second" else teacher.pipeline.transformer
+        if teacher.has_lora and transformer is teacher.pipeline.transformer:
+            _set_lora_scale(transformer, self._weights.lora_scale)
+        return teacher.family.velocity(transformer, x_BCHW, timestep, *text)
+
+
+def _set_lora_scale(transformer: Any, scale: float) -> None:
+    """How much of the LoRA the next forward sees; at 0 it is off, and costs nothing."""
+    if scale == 0.0:
+        transformer.disable_lora()
+    else:
+        transformer.enable_lora()
+        transformer.set_adapters(LORA_ADAPTER, weights=scale)
 
 
 def load_transformer(settings: TeacherSettings) -> tuple[Any, SD3Family]:
@@ -78,19 +122,12 @@ def load_transformer(settings: TeacherSettings) -> tuple[Any, SD3Family]:
 
     Raises what ``load_teacher`` raises.
     """
-    folder, family, revision, _ = _identify(settings)
-    import diffusers
-
-    transformer_class = getattr(diffusers, family.transformer_class)
-    source: str | Path = folder or settings.uri
-    options = {} if folder else {"revision": revision}
+    source, family, options, index = _identify(settings)
     try:
-        transformer = transformer_class.from_pretrained(
-            source, subfolder="transformer", dtype=torch.float32, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
+        models = load_models(source, index, dtype=torch.float32, error=TeacherError, only=("transformer",), **options)
+    except _LOADING_ERRORS as error:
         raise TeacherError(f"Cannot load the transformer of {source}: {error}") from error
-    return transformer, family
+    return models["transformer"], family
 
 
 def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: Any) -> Teacher:
@@ -99,20 +136,19 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: An
     Raises TeacherError if the folder or hub id cannot be loaded, is of no supported family, or is another revision
     than the settings name.
     """
-    folder, family, found, index = _identify(settings)
+    source, family, options, index = _identify(settings)
     import diffusers
 
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    source: str | Path = folder or settings.uri
-    options: dict[str, Any] = {} if folder else {"revision": found}
+    dtype = getattr(torch, settings.dtype)
     # A part that the folder lists as null (SD3 without T5) has to be named, or diffusers reports it missing.
-    options |= {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-    options |= parts
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     try:
+        models = load_models(source, index, dtype=dtype, error=TeacherError, besides=parts, **options)
         pipeline = pipeline_class.from_pretrained(
-            source, dtype=getattr(torch, settings.dtype), use_safetensors=True, **options
+            source, dtype=dtype, use_safetensors=True, **(options | absent | models | parts)
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise TeacherError(f"Cannot load the teacher {source} as a {family.pipeline_class}: {error}") from error
     resolved = resolve_device(device)
     pipeline.to(resolved)
@@ -122,12 +158,14 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: An
         module = getattr(pipeline, name, None)
         if module is not None:
             module.requires_grad_(False).eval()
-    log.info("teacher %s (%s, revision %s) on %s", settings.name, family.name, found, resolved)
+    log.info(
+        "teacher %s (%s, revision %s) on %s", settings.name, family.name, settings.revision or "not pinned", resolved
+    )
     return Teacher(pipeline, family, settings, resolved)
 
 
-def _identify(settings: TeacherSettings) -> tuple[Path | None, SD3Family, str, dict[str, Any]]:
-    """Folder (none for a hub id), family, revision and table of parts. Raises TeacherError, for a change too."""
+def _identify(settings: TeacherSettings) -> tuple[Path | str, SD3Family, dict[str, Any], dict[str, Any]]:
+    """Folder or hub id, family, options to load it with, table of parts. Raises TeacherError, for a change too."""
     folder = bundled_path(settings.uri)
     index = _model_index(folder, settings)
     family = family_of(index["transformer"][1])
@@ -137,7 +175,7 @@ def _identify(settings: TeacherSettings) -> tuple[Path | None, SD3Family, str, d
             f"Teacher {settings.uri} has changed: this run was made for revision {settings.revision}, found {found}. "
             "Start a new run, or restore the teacher."
         )
-    return folder, family, found, index
+    return folder or settings.uri, family, {} if folder else {"revision": found}, index
 
 
 def _model_index(folder: Path | None, settings: TeacherSettings) -> dict[str, Any]:

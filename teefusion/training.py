@@ -23,9 +23,9 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teefusion.checkpoints import load_latest, save_checkpoint
+from teefusion.devices import plain_attention
 from teefusion.distillation import ResidualMeter, distillation_loss
 from teefusion.errors import TeEFusionError, TrainingError
 from teefusion.families import TextEmbeddings
@@ -164,7 +164,7 @@ class _Run:
         options, losses = self.options, []
         norm = torch.zeros(())
         for part in _split(states, options.gradient_accumulation_steps):
-            with self.accelerator.accumulate(self.model), _attention(self.device):
+            with self.accelerator.accumulate(self.model), self._attention():
                 predicted = self._predict(self.model, part)
                 loss = distillation_loss(
                     predicted, part.velocity_BCHW, part.gap_B, weighting=options.loss_weighting, scale=self.gap_scale
@@ -179,6 +179,9 @@ class _Run:
         if self.ema:
             self.ema.step(self.model.parameters())
         return torch.stack(losses).mean(), norm
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        return plain_attention() if self.device.type == "cpu" else contextlib.nullcontext()
 
     def _predict(self, model: Any, states: States) -> Tensor:
         """The student's velocity [B, C, H, W] at the states, each with its own guidance."""
@@ -264,7 +267,13 @@ class _Run:
             with self._averaged_weights():
                 options = self.settings.teacher.model_copy(update={"dtype": "float32"})
                 teacher = load_teacher(options, device="cpu", transformer=transformer.eval().to("cpu"))
-                student = make_student(teacher.pipeline, self.fusion, max_sequence_length=options.max_sequence_length)
+                strategy = self.settings.strategy
+                student = make_student(
+                    teacher.pipeline,
+                    self.fusion,
+                    max_sequence_length=options.max_sequence_length,
+                    guidance_range=(strategy.guidance_min, strategy.guidance_max),
+                )
                 save_student(student, self.output / "student")
                 self._log_samples(student)
             write_json(self.output / RESULT, record)
@@ -309,11 +318,6 @@ class _Run:
         progress = Progress("train", total=self.options.steps, unit="step", enabled=self.accelerator.is_main_process)
         progress.advance(self.position.step)
         return progress
-
-
-def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On a CPU, plain attention: the backward pass of the fused kernel takes half of a step at these lengths."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _check_world(options: TrainSettings, ranks: int) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from teefusion.fusion import FusedConditioning, Fusion, fuse, make_fusion, measure_sizes, pack
+from teefusion.fusion import FusedConditioning, Fusion, Variant, fuse, make_fusion, measure_sizes, pack
 
 
 @pytest.fixture
@@ -31,18 +31,27 @@ def by_hand(state: dict[str, Tensor], t: float, c: Tensor, null: Tensor, s: floa
         hidden = w[f"{name}.linear_1.weight"] @ x + w[f"{name}.linear_1.bias"]
         return w[f"{name}.linear_2.weight"] @ (hidden * torch.sigmoid(hidden)) + w[f"{name}.linear_2.bias"]
 
-    g = mlp("timestep_embedder", psi(fusion.frequency * (s - 1 if fusion.convention == "w" else s)))
-    f = mlp("text_embedder", c.double() - null.double())
-    return mlp("timestep_embedder", psi(t)) + mlp("text_embedder", c.double()) + g * f / fusion.divisor
+    scale = psi(fusion.frequency * (s - 1 if fusion.convention == "w" else s))
+    direction = c.double() - null.double()
+    time, text = mlp("timestep_embedder", psi(t)), mlp("text_embedder", c.double())
+    if fusion.variant == "linear":
+        return time + mlp("text_embedder", c.double() + (s - 1) * direction)
+    if fusion.variant == "unmodulated":
+        return time + text + mlp("text_embedder", direction)
+    if fusion.variant == "distill_cfg":
+        return time + text + mlp("guidance_embedder", scale)
+    return time + text + mlp("timestep_embedder", scale) * mlp("text_embedder", direction) / fusion.divisor
 
 
 @pytest.mark.parametrize("convention", ["s", "w"])
-@pytest.mark.parametrize("variant", ["published", "paper", "balanced"])
+@pytest.mark.parametrize("variant", get_args(Variant))
 def test_fused_conditioning_is_the_formula(transformer: Any, variant: Any, convention: Any) -> None:
     torch.manual_seed(0)
-    state = transformer.state_dict()
     fusion = make_fusion(variant, convention=convention, term_rms=3.0, temb_rms=2.0)
     fuse(transformer, fusion)
+    if fusion.adds_parameters:  # zero at the start
+        torch.nn.init.normal_(transformer.time_text_embed.guidance_embedder.linear_2.weight, std=0.1)
+    state = transformer.state_dict()
     pooled, null = torch.randn(3, 32), torch.randn(32)
     scale, t = torch.tensor([1.0, 4.5, 20.0]), torch.tensor([1000.0, 437.5, 8.93])
     got = transformer.time_text_embed(t, pack(pooled, null, scale))
@@ -79,6 +88,25 @@ def test_fusing_adds_no_parameter_and_keeps_every_name_and_shape(transformer: An
     after = transformer.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_distill_cfg_adds_a_guidance_mlp_that_starts_silent(transformer: Any) -> None:
+    pooled, t = torch.randn(2, 32), torch.tensor([500.0, 20.0])
+    before, stock = list(transformer.state_dict()), transformer.time_text_embed(t, pooled)
+    fuse(transformer, make_fusion("distill_cfg"))
+    added = set(transformer.state_dict()) - set(before)
+    assert added == {
+        f"time_text_embed.guidance_embedder.linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")
+    }
+    fused = transformer.time_text_embed(t, pack(pooled, torch.zeros(32), torch.tensor([1.0, 7.0])))
+    torch.testing.assert_close(fused, stock)
+
+
+def test_linear_is_the_teacher_at_scale_one(transformer: Any) -> None:
+    pooled, t = torch.randn(2, 32), torch.tensor([500.0, 20.0])
+    stock = transformer.time_text_embed(t, pooled)
+    fuse(transformer, make_fusion("linear"))
+    torch.testing.assert_close(transformer.time_text_embed(t, pack(pooled, torch.randn(32), torch.ones(2))), stock)
 
 
 def test_fused_weights_load_into_the_stock_class(transformer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from teefusion.errors import StudentError
 from teefusion.fusion import make_fusion
@@ -132,6 +133,45 @@ def test_it_runs_in_bfloat16(student: Any, tmp_path: Path) -> None:
     assert bool(torch.isfinite(latents.float()).all())
 
 
+def test_a_students_guidance_mlp_survives_the_round_trip(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    student = make_student(teacher, make_fusion("distill_cfg"), max_sequence_length=0)
+    torch.nn.init.normal_(student.transformer.time_text_embed.guidance_embedder.linear_2.weight)
+    save_student(student, tmp_path / "student")  # which compares the copy's weights and pictures
+    file = tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
+    _rewrite(file, lambda state: {name: v for name, v in state.items() if "guidance_embedder" not in name})
+    with pytest.raises(StudentError, match="holds no guidance MLP"):
+        load_student(tmp_path / "student")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_a_folder_that_lacks_a_weight_is_refused(student: Any, tmp_path: Path, part: str) -> None:
+    """Diffusers and transformers would go on with a random one."""
+    save_student(student, tmp_path / "student")
+    (file,) = (tmp_path / "student" / part).glob("*.safetensors")
+    lost: list[str] = []
+
+    def lose_one(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        lost.append(sorted(state)[3])
+        return {name: value for name, value in state.items() if name != lost[0]}
+
+    _rewrite(file, lose_one)
+    with pytest.raises(StudentError, match=f"{part} lacks 1 of its weights, {lost[0]}"):
+        load_student(tmp_path / "student")
+
+
+def test_guidance_outside_the_trained_range_warns_once(tiny_teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    student = make_student(teacher, make_fusion("paper"), max_sequence_length=0, guidance_range=(1.0, 7.0))
+    for scale in (1.0, 4.0, 7.0):
+        student("a", guidance_scale=scale, num_inference_steps=1)
+    assert "outside" not in caplog.text
+    for scale in (7.5, 20.0):
+        student("a", guidance_scale=scale, num_inference_steps=1)
+    assert caplog.text.count("guidance_scale 7.5 is outside [1, 7]") == 1
+    assert caplog.text.count("outside") == 1
+
+
 def test_a_pipeline_without_fusion_is_refused(tiny_teacher: Path) -> None:
     with pytest.raises(StudentError, match="no student: model_index.json has no 'fusion'"):
         TeEFusionSD3Pipeline.from_pretrained(tiny_teacher)
@@ -156,6 +196,10 @@ def test_a_damaged_folder_is_refused_in_one_message(student: Any, tmp_path: Path
     damage(tmp_path / "student")
     with pytest.raises(StudentError, match=message):
         load_student(tmp_path / "student")
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
 def _truncate(path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teefusion import targets as targets_module
-from teefusion.errors import IntegrityError, TrainingError
+from teefusion.errors import IntegrityError, TeacherError, TrainingError
 from teefusion.families import TextEmbeddings
 from teefusion.manifests import FileRecord, Manifest, read_manifest
 from teefusion.prompts import PromptSet, load_prompt_set
@@ -21,6 +22,7 @@ from teefusion.stages.ingest import ingest
 from teefusion.strategies import make_strategy
 from teefusion.targets import draw, generate_targets, walk
 from teefusion.teachers import load_teacher
+from tests.conftest import make_tiny_teacher
 
 Make = Callable[..., Settings]
 
@@ -198,8 +200,33 @@ def test_non_finite_velocities_stop_the_run_and_are_not_stored(make_settings: Ma
     next(teacher.pipeline.transformer.parameters()).data.fill_(float("nan"))
     text, null = teacher.encode(["a", "b"]), teacher.encode([""])
     draws = [draw(settings, "train", k, prompts.train[k], teacher.latent_shape) for k in range(2)]
-    with pytest.raises(TrainingError, match="non-finite velocity at step 0 of trajectory 0"):
+    named = f"non-finite velocity at step 0, prompt '{draws[0].prompt}', seed {draws[0].seed}, guidance"
+    with pytest.raises(TrainingError, match=named):
         walk(teacher, make_strategy(settings.strategy), teacher.grid(4), text, TextEmbeddings(*null), draws)
+
+
+@pytest.mark.parametrize("name", ["z_sampling", "w2sd"])
+def test_a_reflective_set_is_as_any_other(make_settings: Make, prompts: PromptSet, tmp_path: Path, name: str) -> None:
+    settings = make_settings({"strategy.name": name})
+    manifest = generate_targets(settings, prompts, tmp_path / "set")
+    assert manifest.forwards == 16 * (5 * 4 - 3)
+    assert manifest.strategy["name"] == name
+    reflected, plain = (
+        generate_targets(make_settings(values), prompts, tmp_path / folder).train.states[0].sha256
+        for values, folder in (({"strategy.name": name}, "again"), ({}, "plain"))
+    )
+    assert reflected == manifest.train.states[0].sha256 != plain
+
+
+def test_a_teacher_that_lacks_a_weight_is_refused(make_settings: Make, tmp_path: Path) -> None:
+    make_tiny_teacher(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    lost = sorted(state)[3]
+    save_file({key: value for key, value in state.items() if key != lost}, file, metadata={"format": "pt"})
+    settings = make_settings({"teacher.name": str(tmp_path / "teacher")})
+    with pytest.raises(TeacherError, match=f"text_encoder lacks 1 of its weights, {lost}"):
+        load_teacher(settings.teacher, device="cpu")
 
 
 def test_stored_states_take_the_type_the_settings_say(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> None:

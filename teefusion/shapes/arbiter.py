@@ -15,11 +15,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from teefusion.devices import plain_attention
 from teefusion.progress import Progress
 from teefusion.shapes.autoencoder import reconstruct
 from teefusion.shapes.corpus import CONTEXT, Pool, tokenize
 from teefusion.shapes.drawings import SIZE, Scene, all_scenes, near_misses
-from teefusion.shapes.optimisation import Optimizer, plain_attention
+from teefusion.shapes.optimisation import Optimizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -15,14 +15,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from teefusion.devices import plain_attention
 from teefusion.progress import Progress
 from teefusion.shapes.autoencoder import LATENT_CHANNELS
 from teefusion.shapes.corpus import CONTEXT, tokenize
-from teefusion.shapes.optimisation import Optimizer, plain_attention
+from teefusion.shapes.optimisation import Optimizer
 
 SHIFT = 3.0
 _TEXT_WIDTH = 64
-_NULL_SHARE = 0.1
+_NULL_SHARE = 0.2
 # Stock SD3 without T5 appends `max_sequence_length` zero tokens, 256 unless told otherwise. Some batches show such
 # tokens, so that the model learns to pass them over and draws alike with none (fast) and with 256 (stock default).
 _ZERO_TOKENS = (0, 8, 64, 256)

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-
-def plain_attention() -> AbstractContextManager[None]:
-    """Attention as two matrix products.
-
-    For 80 tokens on a CPU the fused kernel is no gain: its backward in bfloat16 takes half of a training step.
-    """
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Optimizer:

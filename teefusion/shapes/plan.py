@@ -20,7 +20,7 @@ class Plan:
     steps_scorer_again: int = 1_000
     """After those, from a high learning rate once more: one descent tells only 93 % of shapes from wrong ones."""
     batch_scorer: int = 64
-    steps_denoiser: int = 4_500
+    steps_denoiser: int = 8_000
     batch_denoiser: int = 64
     learning_rate: float = 1.5e-3
     """Of the denoiser, at its highest."""
