@@ -38,6 +38,9 @@ class Fusion(BaseModel):
     """What ``g`` is multiplied with before the sinusoid; timesteps run to 1000, so 1000 spreads ``g`` over it."""
     divisor: float = Field(default=1.0, gt=0)
     """What the term is divided by."""
+    rounded: bool = False
+    """Whether ``g`` and then its product with the frequency are rounded to bfloat16, as the authors' pipeline does in a
+    bfloat16 model: 7.5 becomes 7488, not 7500."""
 
     @property
     def adds_parameters(self) -> bool:
@@ -119,7 +122,8 @@ class FusedConditioning(nn.Module):
         fusion = self.fusion
         if fusion.variant == "unmodulated":
             return self._text(direction_BP).float() / fusion.divisor
-        g_B = (s_B - 1.0 if fusion.convention == "w" else s_B) * fusion.frequency
+        g_B = s_B - 1.0 if fusion.convention == "w" else s_B
+        g_B = (g_B.bfloat16() * fusion.frequency).float() if fusion.rounded else g_B * fusion.frequency
         if self.guidance_embedder is not None:
             return self._time(g_B, self.guidance_embedder).float()
         # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.

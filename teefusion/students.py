@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from teefusion.errors import StorageError, StudentError
-from teefusion.fusion import GUIDANCE_EMBEDDER, FusedConditioning, Fusion, fuse, fusion_from_config, pack
+from teefusion.fusion import GUIDANCE_EMBEDDER, FusedConditioning, Fusion, fuse, fusion_from_config, make_fusion, pack
 from teefusion.loading import load_models
+from teefusion.published import is_published, published_parts
 from teefusion.storage import publish_folder
 
 log = logging.getLogger(__name__)
@@ -86,21 +87,23 @@ class TeEFusionSD3Pipeline(StableDiffusion3Pipeline):
             fuse(transformer, constants)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """See DiffusionPipeline. Beside that, refuses incomplete weights, and reads those that a guidance MLP adds."""
-        index = cls.load_config(pretrained_model_name_or_path, revision=kwargs.get("revision"))
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *, rounded: bool = False, **kwargs: Any) -> Any:
+        """See DiffusionPipeline. Beside that, refuses incomplete weights, and reads those that a guidance MLP adds.
+
+        A folder in the format of the authors' release loads too; ``rounded`` then repeats their rounding of the
+        guidance to bfloat16.
+        """
+        source = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
-        models = load_models(
-            pretrained_model_name_or_path,
-            index,
-            dtype=kwargs.get("dtype", torch.float32),
-            error=StudentError,
-            besides=kwargs,
-            **hub,
-        )
-        student = super().from_pretrained(pretrained_model_name_or_path, **(models | kwargs))
+        index = dict(cls.load_config(source, **hub))
+        dtype = kwargs.get("dtype", torch.float32)
+        if is_published(source, index, **hub):
+            fusion = make_fusion("published").model_copy(update={"rounded": rounded})
+            return cls(**published_parts(source, index, dtype=dtype, **hub), fusion=fusion.model_dump())
+        models = load_models(source, index, dtype=dtype, error=StudentError, besides=kwargs, **hub)
+        student = super().from_pretrained(source, **(models | kwargs))
         if student.transformer.time_text_embed.fusion.adds_parameters:
-            _load_guidance_embedder(student.transformer, Path(pretrained_model_name_or_path) / "transformer")
+            _load_guidance_embedder(student.transformer, Path(source) / "transformer")
         return student
 
     @property
@@ -180,7 +183,7 @@ def load_student(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype 
         config = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudentError(f"{index} cannot be read: {error}.") from error
-    if not isinstance(config, dict) or "fusion" not in config:
+    if not isinstance(config, dict) or not ("fusion" in config or is_published(folder, config)):
         raise StudentError(f"{folder} is a diffusers folder but no student: model_index.json has no 'fusion'.")
     try:
         student = TeEFusionSD3Pipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)

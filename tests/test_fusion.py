@@ -124,6 +124,19 @@ def test_guidance_keeps_float32_precision_in_a_bfloat16_model(transformer: Any) 
     assert not torch.equal(*near)
 
 
+@pytest.mark.parametrize(("s", "argument"), [(2.5, 2496.0), (3.5, 3504.0), (5.0, 4992.0), (7.5, 7488.0)])
+def test_rounding_on_request_is_the_authors(transformer: Any, s: float, argument: float) -> None:
+    """The four values that bfloat16 makes of 1000 g."""
+    exact = make_fusion("published").model_copy(update={"divisor": 1.0})
+    pooled, t = torch.randn(1, 32), torch.tensor([500.0])
+    fuse(transformer, exact.model_copy(update={"rounded": True}))
+    rounded = transformer.time_text_embed(t, pack(pooled, pooled[0] * 0, torch.tensor([s])))
+    transformer.time_text_embed.fusion = exact
+    by_hand = transformer.time_text_embed(t, pack(pooled, pooled[0] * 0, torch.tensor([argument / 1000])))
+    torch.testing.assert_close(rounded, by_hand, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(rounded, transformer.time_text_embed(t, pack(pooled, pooled[0] * 0, torch.tensor([s]))))
+
+
 def test_unpacked_text_is_refused_with_the_width_it_needs(transformer: Any) -> None:
     fuse(transformer, make_fusion("paper"))
     with pytest.raises(ValueError, match="width 65"):

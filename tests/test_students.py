@@ -172,6 +172,30 @@ def test_guidance_outside_the_trained_range_warns_once(tiny_teacher: Path, caplo
     assert caplog.text.count("outside") == 1
 
 
+def published_folder(tiny_teacher: Path, folder: Path) -> Path:
+    """The tiny teacher dressed as the authors' release: classes and flags of its own, weights as they are."""
+    shutil.copytree(tiny_teacher, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusion3TeEFusionPipeline", "transformer": ["sd3_model", "SD3Model"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config |= {"_class_name": "SD3Model", "txt_align_guidance": True, "guidance": False}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    (folder / "transformer" / "sd3_model.py").write_text("raise SystemExit('code of a model was run')")
+    return folder
+
+
+def test_a_student_in_the_authors_format_is_the_published_formula(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = published_folder(tiny_teacher, tmp_path / "released")
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
+    teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    ours = make_student(teacher, make_fusion("published"), max_sequence_length=256)("a", generator=seeded(), **options)
+    for released in (TeEFusionSD3Pipeline.from_pretrained(folder), load_student(folder)):
+        assert released.transformer.time_text_embed.fusion == make_fusion("published")
+        assert torch.equal(released("a", generator=seeded(), **options).images, ours.images)
+    assert TeEFusionSD3Pipeline.from_pretrained(folder, rounded=True).transformer.time_text_embed.fusion.rounded
+
+
 def test_a_pipeline_without_fusion_is_refused(tiny_teacher: Path) -> None:
     with pytest.raises(StudentError, match="no student: model_index.json has no 'fusion'"):
         TeEFusionSD3Pipeline.from_pretrained(tiny_teacher)
