@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teefusion.students import TeEFusionSD3Pipeline as StudentPipeline
+    from teefusion.student_pipelines import StudentPipeline
 
 try:
     __version__ = version("teefusion")
@@ -20,7 +20,7 @@ __all__ = ["StudentPipeline", "__version__"]
 def __getattr__(name: str) -> Any:
     """``StudentPipeline`` on first use, as it loads torch and diffusers."""
     if name == "StudentPipeline":
-        from teefusion.students import TeEFusionSD3Pipeline
+        from teefusion.student_pipelines import StudentPipeline
 
-        return TeEFusionSD3Pipeline
+        return StudentPipeline
     raise AttributeError(f"module 'teefusion' has no attribute {name!r}")

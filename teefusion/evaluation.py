@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from teefusion.prompts import Prompt
 from teefusion.scoring import Scorer
 from teefusion.settings import EvaluateSettings, Settings
 from teefusion.storage import write_bytes
+from teefusion.teachers import Teacher
 
+GuidanceOptions = Callable[[float, int], dict[str, Any]]
+"""What a pipeline is called with at a guidance scale, for so many prompts."""
 ROWS = ("unguided", "teacher", "student")
 
 
@@ -33,6 +36,7 @@ class Sampler:
     """A pipeline at one guidance scale; counts transformer forwards and seconds."""
 
     pipeline: Any
+    guide: GuidanceOptions
     guidance_scale: float
     options: dict[str, Any]
     seed: int
@@ -49,8 +53,8 @@ class Sampler:
         try:
             images: list[Image] = self.pipeline(
                 [prompt.text for prompt in prompts],
-                guidance_scale=self.guidance_scale,
                 generator=generators,
+                **self.guide(self.guidance_scale, len(prompts)),
                 **self.options,
             ).images
         finally:
@@ -79,8 +83,13 @@ class Sampler:
         self.forwards += output[0].shape[0]
 
 
-def samplers(settings: Settings, teacher: Any, student: Any) -> dict[str, Sampler]:
+def samplers(settings: Settings, teacher: Teacher, student: Any) -> dict[str, Sampler]:
     """The three rows of the comparison."""
+
+    def guide_student(s: float, count: int) -> dict[str, Any]:
+        return {"guidance_scale": s}
+
+    guide_teacher, pipeline = teacher.family.guidance_options, teacher.pipeline
     options = settings.evaluate
     shared = {
         "num_inference_steps": options.num_steps or settings.strategy.num_steps,
@@ -89,9 +98,9 @@ def samplers(settings: Settings, teacher: Any, student: Any) -> dict[str, Sample
         "max_sequence_length": settings.teacher.max_sequence_length,
     }
     return {
-        "unguided": Sampler(teacher, 1.0, shared, options.seed),
-        "teacher": Sampler(teacher, options.guidance_scale, shared, options.seed),
-        "student": Sampler(student, options.guidance_scale, shared, options.seed),
+        "unguided": Sampler(pipeline, guide_teacher, 1.0, shared, options.seed),
+        "teacher": Sampler(pipeline, guide_teacher, options.guidance_scale, shared, options.seed),
+        "student": Sampler(student, guide_student, options.guidance_scale, shared, options.seed),
     }
 
 
@@ -133,7 +142,10 @@ def guidance_sweep(
     sweep: dict[str, dict[float, list[bytes]]] = {}
     for row, base in rows.items():
         sweep[row] = {
-            scale: [png_bytes(image) for image in Sampler(base.pipeline, scale, base.options, base.seed)(prompts)]
+            scale: [
+                png_bytes(image)
+                for image in Sampler(base.pipeline, base.guide, scale, base.options, base.seed)(prompts)
+            ]
             for scale in scales
         }
     return sweep

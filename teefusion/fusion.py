@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 Variant = Literal["published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"]
 Convention = Literal["s", "w"]
-GUIDANCE_EMBEDDER = "guidance_embedder"
+SCALE_EMBEDDER = "scale_embedder"
 """The one module that a variant adds: DistillCFG's MLP, in ``time_text_embed``."""
 
 
@@ -38,6 +38,8 @@ class Fusion(BaseModel):
     """What ``g`` is multiplied with before the sinusoid; timesteps run to 1000, so 1000 spreads ``g`` over it."""
     divisor: float = Field(default=1.0, gt=0)
     """What the term is divided by."""
+    embedded_guidance: float = 1.0
+    """What the guidance embedder of a FLUX.1 dev type teacher is fed, always; nothing to other teachers."""
     rounded: bool = False
     """Whether ``g`` and then its product with the frequency are rounded to bfloat16, as the authors' pipeline does in a
     bfloat16 model: 7.5 becomes 7488, not 7500."""
@@ -49,7 +51,12 @@ class Fusion(BaseModel):
 
 
 def make_fusion(
-    variant: Variant, *, convention: Convention = "s", term_rms: float = 1.0, temb_rms: float = 1.0
+    variant: Variant,
+    *,
+    convention: Convention = "s",
+    term_rms: float = 1.0,
+    temb_rms: float = 1.0,
+    embedded_guidance: float = 1.0,
 ) -> Fusion:
     """Constants of a variant. The two sizes, measured on the teacher, are used by ``balanced`` alone.
 
@@ -63,7 +70,7 @@ def make_fusion(
                  parameters whose last layer starts at zero
     """
     divisor = {"published": 256.0, "balanced": term_rms / temb_rms}.get(variant, 1.0)
-    return Fusion(variant=variant, convention=convention, divisor=divisor)
+    return Fusion(variant=variant, convention=convention, divisor=divisor, embedded_guidance=embedded_guidance)
 
 
 def pack(pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ class FusedConditioning(nn.Module):
     """Takes the place of a transformer's ``time_text_embed``, reuses its modules, and keeps their parameter names.
 
     So a student's state dict is the teacher's, name by name and shape by shape, and loads into the stock class; that
-    of the ``distill_cfg`` variant has a ``guidance_embedder`` more.
+    of the ``distill_cfg`` variant has a ``scale_embedder`` more.
     """
 
     time_proj: Any
@@ -97,10 +104,15 @@ class FusedConditioning(nn.Module):
         self.text_embedder = stock.text_embedder
         self.fusion = fusion
         self.pooled_width = int(self.text_embedder.linear_1.in_features)
-        self.guidance_embedder = _silent_copy(self.timestep_embedder) if fusion.adds_parameters else None
+        self.guidance_embedder = getattr(stock, "guidance_embedder", None)
+        self.scale_embedder = _silent_copy(self.timestep_embedder) if fusion.adds_parameters else None
 
-    def forward(self, timestep: Tensor, packed: Tensor) -> Tensor:
-        """Conditioning [B, D] from timesteps [B] in 0..1000 and the tensor [B, 2P + 1] made by ``pack``."""
+    def forward(self, timestep: Tensor, *others: Tensor) -> Tensor:
+        """Conditioning [B, D] from timesteps [B] in 0..1000 and, last, the tensor [B, 2P + 1] made by ``pack``.
+
+        A FLUX transformer of the dev type passes guidance [B] between the two; ``embedded_guidance`` takes its place.
+        """
+        packed = others[-1]
         width = self.pooled_width
         if packed.shape[-1] != 2 * width + 1:
             raise ValueError(
@@ -113,6 +125,9 @@ class FusedConditioning(nn.Module):
             pooled_BP = pooled_BP + (guidance_B1 - 1.0) * direction_BP
         time_BD = self._time(timestep)
         temb_BD = time_BD.float() + self._text(pooled_BP).float()
+        if self.guidance_embedder is not None:
+            embedded_B = torch.full_like(guidance_B1[:, 0], self.fusion.embedded_guidance * 1000.0)
+            temb_BD = temb_BD + self._time(embedded_B, self.guidance_embedder).float()
         if self.fusion.variant != "linear":
             temb_BD = temb_BD + self._term(direction_BP, guidance_B1[:, 0])
         return temb_BD.to(time_BD.dtype)
@@ -124,8 +139,8 @@ class FusedConditioning(nn.Module):
             return self._text(direction_BP).float() / fusion.divisor
         g_B = s_B - 1.0 if fusion.convention == "w" else s_B
         g_B = (g_B.bfloat16() * fusion.frequency).float() if fusion.rounded else g_B * fusion.frequency
-        if self.guidance_embedder is not None:
-            return self._time(g_B, self.guidance_embedder).float()
+        if self.scale_embedder is not None:
+            return self._time(g_B, self.scale_embedder).float()
         # The product of two large numbers over a divisor: float32, as bfloat16 would round the small result away.
         return self._time(g_B).float() * self._text(direction_BP).float() / fusion.divisor
 
@@ -171,7 +186,7 @@ def fuse(transformer: Any, fusion: Fusion) -> Any:
     before = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     transformer.time_text_embed = FusedConditioning(transformer.time_text_embed, fusion)
     after = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    added = {name for name in after if name.startswith(f"time_text_embed.{GUIDANCE_EMBEDDER}.")}
+    added = {name for name in after if name.startswith(f"time_text_embed.{SCALE_EMBEDDER}.")}
     assert before == {name: shape for name, shape in after.items() if name not in added}, "names and shapes stay"
     assert bool(added) == fusion.adds_parameters, "only distill_cfg adds parameters"
     return transformer

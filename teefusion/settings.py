@@ -58,6 +58,8 @@ class TeacherSettings(_Section):
     """Pixels; none is the model's own size."""
     max_sequence_length: int = Field(default=256, ge=0, le=512)
     """T5 tokens a prompt."""
+    embedded_guidance: float = Field(default=1.0, ge=0, le=100)
+    """What a teacher with a guidance embedder of its own (FLUX.1 dev) is always fed there, and its student too."""
 
 
 class PromptSettings(_Section):

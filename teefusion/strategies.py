@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -243,9 +243,6 @@ def _leg(settings: LegSettings) -> Leg:
     return Leg(Weights(settings.transformer, settings.lora_scale), settings.guidance)
 
 
-def make_grid(scheduler: object, num_steps: int, device: str) -> Grid:
-    """The grid of a diffusers flow-matching scheduler. Its tail carries the timestep shift twice, as in diffusers."""
-    scheduler.set_timesteps(num_steps)  # type: ignore[attr-defined]
-    sigmas: Tensor = scheduler.sigmas  # type: ignore[attr-defined]
-    timesteps: Tensor = scheduler.timesteps  # type: ignore[attr-defined]
-    return Grid(sigmas.to(device, torch.float32), timesteps.to(device, torch.float32))
+def scheduled_grid(scheduler: Any, device: str) -> Grid:
+    """The grid of a diffusers flow-matching scheduler whose timesteps are set."""
+    return Grid(scheduler.sigmas.to(device, torch.float32), scheduler.timesteps.to(device, torch.float32))

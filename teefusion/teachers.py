@@ -18,11 +18,11 @@ from torch import Tensor
 
 from teefusion.devices import resolve_device
 from teefusion.errors import TeacherError
-from teefusion.families import SD3Family, TextEmbeddings, family_of
+from teefusion.families import Family, TextEmbeddings, family_of
 from teefusion.loading import load_models
 from teefusion.settings import TeacherSettings
 from teefusion.sources import bundled_path, revision_of
-from teefusion.strategies import TEACHER, Grid, Weights, make_grid
+from teefusion.strategies import TEACHER, Grid, Weights, scheduled_grid
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Teacher:
     """Frozen models of a teacher on one device."""
 
     pipeline: Any
-    family: SD3Family
+    family: Family
     settings: TeacherSettings
     device: str
     second: Any = None
@@ -51,7 +51,8 @@ class Teacher:
 
     def grid(self, num_steps: int) -> Grid:
         """The teacher's own schedule over ``num_steps`` steps."""
-        return make_grid(self.pipeline.scheduler, num_steps, self.device)
+        self.family.set_timesteps(self.pipeline, num_steps, self.latent_shape)
+        return scheduled_grid(self.pipeline.scheduler, self.device)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeddings:
@@ -117,7 +118,7 @@ def _set_lora_scale(transformer: Any, scale: float) -> None:
         transformer.set_adapters(LORA_ADAPTER, weights=scale)
 
 
-def load_transformer(settings: TeacherSettings) -> tuple[Any, SD3Family]:
+def load_transformer(settings: TeacherSettings) -> tuple[Any, Family]:
     """The teacher's transformer alone, in float32 on the CPU, as a student starts: no rank holds text encoders.
 
     Raises what ``load_teacher`` raises.
@@ -164,11 +165,11 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: An
     return Teacher(pipeline, family, settings, resolved)
 
 
-def _identify(settings: TeacherSettings) -> tuple[Path | str, SD3Family, dict[str, Any], dict[str, Any]]:
+def _identify(settings: TeacherSettings) -> tuple[Path | str, Family, dict[str, Any], dict[str, Any]]:
     """Folder or hub id, family, options to load it with, table of parts. Raises TeacherError, for a change too."""
     folder = bundled_path(settings.uri)
     index = _model_index(folder, settings)
-    family = family_of(index["transformer"][1])
+    family = family_of(index["transformer"][1], settings)
     found = revision_of(settings)
     if settings.revision is not None and found != settings.revision:
         raise TeacherError(

@@ -336,7 +336,12 @@ def _fusion(settings: Settings, stock: Any, targets: Path, manifest: Manifest) -
     guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
     options = settings.fusion
     sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=options.convention)
-    return make_fusion(options.variant, convention=options.convention, **sizes)
+    return make_fusion(
+        options.variant,
+        convention=options.convention,
+        embedded_guidance=settings.teacher.embedded_guidance,
+        **sizes,
+    )
 
 
 def _mean_gap(heldout: StateStream) -> float:

@@ -39,7 +39,7 @@ def by_hand(state: dict[str, Tensor], t: float, c: Tensor, null: Tensor, s: floa
     if fusion.variant == "unmodulated":
         return time + text + mlp("text_embedder", direction)
     if fusion.variant == "distill_cfg":
-        return time + text + mlp("guidance_embedder", scale)
+        return time + text + mlp("scale_embedder", scale)
     return time + text + mlp("timestep_embedder", scale) * mlp("text_embedder", direction) / fusion.divisor
 
 
@@ -50,7 +50,7 @@ def test_fused_conditioning_is_the_formula(transformer: Any, variant: Any, conve
     fusion = make_fusion(variant, convention=convention, term_rms=3.0, temb_rms=2.0)
     fuse(transformer, fusion)
     if fusion.adds_parameters:  # zero at the start
-        torch.nn.init.normal_(transformer.time_text_embed.guidance_embedder.linear_2.weight, std=0.1)
+        torch.nn.init.normal_(transformer.time_text_embed.scale_embedder.linear_2.weight, std=0.1)
     state = transformer.state_dict()
     pooled, null = torch.randn(3, 32), torch.randn(32)
     scale, t = torch.tensor([1.0, 4.5, 20.0]), torch.tensor([1000.0, 437.5, 8.93])
@@ -95,9 +95,7 @@ def test_distill_cfg_adds_a_guidance_mlp_that_starts_silent(transformer: Any) ->
     before, stock = list(transformer.state_dict()), transformer.time_text_embed(t, pooled)
     fuse(transformer, make_fusion("distill_cfg"))
     added = set(transformer.state_dict()) - set(before)
-    assert added == {
-        f"time_text_embed.guidance_embedder.linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")
-    }
+    assert added == {f"time_text_embed.scale_embedder.linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")}
     fused = transformer.time_text_embed(t, pack(pooled, torch.zeros(32), torch.tensor([1.0, 7.0])))
     torch.testing.assert_close(fused, stock)
 

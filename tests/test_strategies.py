@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teefusion.errors import SettingsError, TeacherError, TrainingError
 from teefusion.settings import LegSettings, StrategySettings, load_settings
-from teefusion.strategies import Grid, Weights, effective_velocity, euler_cfg, guide, make_grid, make_strategy
+from teefusion.strategies import Grid, Weights, effective_velocity, euler_cfg, guide, make_strategy, scheduled_grid
 
 Field = Callable[[Tensor, float], Tensor]
 
@@ -63,8 +63,14 @@ def settings(**values: Any) -> StrategySettings:
     return StrategySettings(**({"num_steps": 6} | values))
 
 
+def stock_grid(num_steps: int) -> Grid:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(num_steps)
+    return scheduled_grid(scheduler, "cpu")
+
+
 def grid_of(num_steps: int = 6) -> Grid:
-    grid = make_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), num_steps, "cpu")
+    grid = stock_grid(num_steps)
     return Grid(grid.sigmas.double(), grid.timesteps.double())
 
 
@@ -77,7 +83,7 @@ SCALES = torch.tensor([1.0, 2.5, 7.0], dtype=torch.float64)
 
 @pytest.fixture
 def grid() -> Grid:
-    return make_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), 4, "cpu")
+    return stock_grid(4)
 
 
 def test_guide_is_diffusers_convention_with_one_scale_a_picture() -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from teefusion.errors import StudentError
 from teefusion.fusion import make_fusion
-from teefusion.students import TeEFusionSD3Pipeline, load_student, make_student, save_student
+from teefusion.student_pipelines import StudentPipeline
+from teefusion.students import load_student, make_student, save_student
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,10 @@ def test_it_runs_in_bfloat16(student: Any, tmp_path: Path) -> None:
 def test_a_students_guidance_mlp_survives_the_round_trip(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
     student = make_student(teacher, make_fusion("distill_cfg"), max_sequence_length=0)
-    torch.nn.init.normal_(student.transformer.time_text_embed.guidance_embedder.linear_2.weight)
+    torch.nn.init.normal_(student.transformer.time_text_embed.scale_embedder.linear_2.weight)
     save_student(student, tmp_path / "student")  # which compares the copy's weights and pictures
     file = tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
-    _rewrite(file, lambda state: {name: v for name, v in state.items() if "guidance_embedder" not in name})
+    _rewrite(file, lambda state: {name: v for name, v in state.items() if "scale_embedder" not in name})
     with pytest.raises(StudentError, match="holds no guidance MLP"):
         load_student(tmp_path / "student")
 
@@ -190,15 +191,15 @@ def test_a_student_in_the_authors_format_is_the_published_formula(tiny_teacher: 
     options = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
     teacher = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
     ours = make_student(teacher, make_fusion("published"), max_sequence_length=256)("a", generator=seeded(), **options)
-    for released in (TeEFusionSD3Pipeline.from_pretrained(folder), load_student(folder)):
+    for released in (StudentPipeline.from_pretrained(folder), load_student(folder)):
         assert released.transformer.time_text_embed.fusion == make_fusion("published")
         assert torch.equal(released("a", generator=seeded(), **options).images, ours.images)
-    assert TeEFusionSD3Pipeline.from_pretrained(folder, rounded=True).transformer.time_text_embed.fusion.rounded
+    assert StudentPipeline.from_pretrained(folder, rounded=True).transformer.time_text_embed.fusion.rounded
 
 
 def test_a_pipeline_without_fusion_is_refused(tiny_teacher: Path) -> None:
     with pytest.raises(StudentError, match="no student: model_index.json has no 'fusion'"):
-        TeEFusionSD3Pipeline.from_pretrained(tiny_teacher)
+        StudentPipeline.from_pretrained(tiny_teacher)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def _compare(settings: Settings, prompts: Path, student: Path, training: dict[st
     teacher = load_teacher(settings.teacher, device=settings.device)
     pipeline = load_student(student, device=teacher.device, dtype=teacher.pipeline.transformer.dtype)
     scorer = load_scorer(options.scorer, device=resolve_device(settings.device))
-    rows = evaluation.samplers(settings, teacher.pipeline, pipeline)
+    rows = evaluation.samplers(settings, teacher, pipeline)
     scores = evaluation.score_rows(rows, scorer, chosen, options, output)
     styles = tuple(prompt.style for prompt in chosen)
     texts = tuple(prompt.text for prompt in chosen)
