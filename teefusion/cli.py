@@ -27,12 +27,13 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "teacher": ("teacher.name", str, "Preset, diffusers folder or hub id of the teacher.  [default: shapes]"),
     "revision": ("teacher.revision", str, "Hub commit of the teacher, or digest of its folder."),
     "prompts": ("prompts.source", str, "A .txt, .json, .jsonl, .csv or .parquet file.  [default: the preset's]"),
-    "strategy": ("strategy.name", str, "How the teacher samples.  [default: euler_cfg]"),
+    "strategy": ("strategy.name", str, "How the teacher samples: euler_cfg, z_sampling or w2sd.  [default: euler_cfg]"),
     "num-steps": ("strategy.num_steps", int, "Steps of the teacher's sampling grid."),
     "guidance-min": ("strategy.guidance_min", float, "Smallest guidance scale taught (diffusers' s)."),
     "guidance-max": ("strategy.guidance_max", float, "Largest guidance scale taught (diffusers' s)."),
     "trajectories": ("targets.trajectories", int, "Teacher trajectories to store."),
     "fusion": ("fusion.variant", str, "Fused term: balanced, paper, published, linear, unmodulated or distill_cfg."),
+    "student-steps": ("student.num_steps", int, "Steps the student samples in.  [default: the teacher's]"),
     "steps": ("train.steps", int, "Optimizer steps."),
     "batch-size": ("train.batch_size", int, "States an optimizer step, over all ranks."),
     "learning-rate": ("train.learning_rate", float, "Peak learning rate."),
@@ -102,7 +103,7 @@ _SHARED = (
     click.option("--debug", is_flag=True, help="Tracebacks, and the libraries' own logs."),
 )
 _TEACHER = ("teacher", "revision", "prompts", "strategy", "num-steps", "guidance-min", "guidance-max", "trajectories")
-_TRAIN = ("fusion", "steps", "batch-size", "learning-rate", "processes")
+_TRAIN = ("fusion", "student-steps", "steps", "batch-size", "learning-rate", "processes")
 _EVALUATE = ("guidance-scale", "scorer")
 _REGISTRY = ("model-name", "tracking-uri")
 

@@ -89,6 +89,7 @@ def samplers(settings: Settings, teacher: Teacher, student: Any) -> dict[str, Sa
     def guide_student(s: float, count: int) -> dict[str, Any]:
         return {"guidance_scale": s}
 
+    own = {"num_inference_steps": settings.student.num_steps} if settings.student.num_steps else {}
     guide_teacher, pipeline = teacher.family.guidance_options, teacher.pipeline
     options = settings.evaluate
     shared = {
@@ -100,7 +101,7 @@ def samplers(settings: Settings, teacher: Teacher, student: Any) -> dict[str, Sa
     return {
         "unguided": Sampler(pipeline, guide_teacher, 1.0, shared, options.seed),
         "teacher": Sampler(pipeline, guide_teacher, options.guidance_scale, shared, options.seed),
-        "student": Sampler(student, guide_student, options.guidance_scale, shared, options.seed),
+        "student": Sampler(student, guide_student, options.guidance_scale, shared | own, options.seed),
     }
 
 

@@ -9,6 +9,7 @@ Axes: B = pictures, T = text tokens, E = token width, P = pooled width, C, H, W 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -75,6 +76,10 @@ class Family(Protocol):
         """Set the pipeline's scheduler as the stock pipeline does for pictures of that shape."""
         ...
 
+    def shift(self, pipeline: Any, shape: LatentShape) -> float:
+        """The factor a of the schedule's timestep shift ``a u / (1 + (a - 1) u)`` for pictures of that shape."""
+        ...
+
     def guidance_options(self, s: float, count: int) -> dict[str, Any]:
         """What the stock pipeline is called with to sample ``count`` prompts by classifier-free guidance at ``s``."""
         ...
@@ -130,10 +135,16 @@ class SD3Family:
 
     def set_timesteps(self, pipeline: Any, num_steps: int, shape: LatentShape) -> None:
         """See Family. The tail of this schedule carries the timestep shift twice, as in diffusers."""
-        options = {}
-        if pipeline.scheduler.config.get("use_dynamic_shifting"):  # SD3.5 medium and later fine-tunes
-            options["mu"] = _shift(pipeline.scheduler, shape[1] * shape[2] // pipeline.patch_size**2)
+        dynamic = pipeline.scheduler.config.get("use_dynamic_shifting")
+        options = {"mu": _mu(pipeline.scheduler, self._tokens(pipeline, shape))} if dynamic else {}
         pipeline.scheduler.set_timesteps(num_steps, **options)
+
+    def shift(self, pipeline: Any, shape: LatentShape) -> float:
+        """See Family."""
+        return _shift(pipeline.scheduler, self._tokens(pipeline, shape))
+
+    def _tokens(self, pipeline: Any, shape: LatentShape) -> int:
+        return int(shape[1] * shape[2] // pipeline.transformer.config.patch_size**2)
 
     def guidance_options(self, s: float, count: int) -> dict[str, Any]:
         """See Family."""
@@ -193,8 +204,12 @@ class FluxFamily:
         """See Family."""
         even = not pipeline.scheduler.config.get("use_flow_sigmas")
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps) if even else None
-        mu = _shift(pipeline.scheduler, shape[1] * shape[2] // 4)
+        mu = _mu(pipeline.scheduler, shape[1] * shape[2] // 4)
         pipeline.scheduler.set_timesteps(None if even else num_steps, sigmas=sigmas, mu=mu)
+
+    def shift(self, pipeline: Any, shape: LatentShape) -> float:
+        """See Family."""
+        return _shift(pipeline.scheduler, shape[1] * shape[2] // 4)
 
     def guidance_options(self, s: float, count: int) -> dict[str, Any]:
         """See Family. FLUX pipelines call it true CFG, and run it where there is a negative prompt."""
@@ -202,7 +217,13 @@ class FluxFamily:
 
 
 def _shift(scheduler: Any, tokens: int) -> float:
-    """The timestep shift mu for a picture of so many tokens, as diffusers' pipelines have it."""
+    """See ``Family.shift``."""
+    config = scheduler.config
+    return math.exp(_mu(scheduler, tokens)) if config.get("use_dynamic_shifting") else float(config["shift"])
+
+
+def _mu(scheduler: Any, tokens: int) -> float:
+    """The dynamic timestep shift mu for a picture of so many tokens, as diffusers' pipelines have it."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config

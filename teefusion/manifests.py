@@ -75,7 +75,12 @@ def target_key(settings: Settings, prompt_set: str) -> str:
 def student_key(settings: Settings, target_set: str) -> str:
     """Name of a student: a hash of the targets it learned from and of how."""
     return content_key(
-        {"target_set": target_set, "fusion": settings.fusion.content(), "train": settings.train.content()}
+        {
+            "target_set": target_set,
+            "fusion": settings.fusion.content(),
+            "student": settings.student.content(),
+            "train": settings.train.content(),
+        }
     )
 
 

@@ -210,6 +210,13 @@ class FusionSettings(_Section):
     """What the term is made of: diffusers' scale s, or the paper's strength w = s - 1."""
 
 
+class StudentSettings(_Section):
+    """What the student is made for."""
+
+    num_steps: int | None = Field(default=None, ge=1, le=1000)
+    """Steps of its own sigma grid, every so many of the teacher's; none is as many as the teacher takes."""
+
+
 class TrainSettings(_Section):
     """The distillation loop."""
 
@@ -338,6 +345,7 @@ class Settings(BaseSettings):
     strategy: StrategySettings = StrategySettings()
     targets: TargetSettings = TargetSettings()
     fusion: FusionSettings = FusionSettings()
+    student: StudentSettings = StudentSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     gate: GateSettings = GateSettings()
@@ -363,6 +371,26 @@ class Settings(BaseSettings):
                 f"({self.strategy.num_steps}): a trajectory has no more states than steps"
             )
         return self
+
+    @model_validator(mode="after")
+    def _student_steps_are_stored(self) -> Self:
+        steps, stored = self.student.num_steps, self.targets.states_per_trajectory
+        if steps is not None and steps > self.strategy.num_steps:
+            raise ValueError(
+                f"student.num_steps ({steps}) is above strategy.num_steps ({self.strategy.num_steps}): a student takes "
+                "no more steps than its teacher took"
+            )
+        if steps not in (None, self.strategy.num_steps) and stored != self.strategy.num_steps:
+            raise ValueError(
+                f"student.num_steps ({steps}) joins the teacher's steps, which takes all of a trajectory's: set "
+                f"targets.states_per_trajectory to strategy.num_steps ({self.strategy.num_steps}, not {stored})"
+            )
+        return self
+
+    @property
+    def student_steps(self) -> int:
+        """Steps of the student's grid."""
+        return self.student.num_steps or self.strategy.num_steps
 
     def content(self) -> dict[str, Any]:
         """Every section's content: what determines the run's results, and nothing else."""

@@ -246,3 +246,8 @@ def _leg(settings: LegSettings) -> Leg:
 def scheduled_grid(scheduler: Any, device: str) -> Grid:
     """The grid of a diffusers flow-matching scheduler whose timesteps are set."""
     return Grid(scheduler.sigmas.to(device, torch.float32), scheduler.timesteps.to(device, torch.float32))
+
+
+def sub_grid(num_steps: int, student_steps: int) -> list[int]:
+    """Indices [n + 1] into a grid of N steps, evenly apart: the starts of a student's n <= N steps, and the end."""
+    return [round(k * num_steps / student_steps) for k in range(student_steps + 1)]

@@ -10,8 +10,9 @@ Axes: B = states in a batch, C, H, W = latent channels and size, T = text tokens
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from teefusion.errors import TrainingError
 from teefusion.families import TextEmbeddings
 from teefusion.manifests import FileRecord, Manifest, Split, SplitRecord
 from teefusion.shards import read_tensors
+from teefusion.strategies import sub_grid
 
 WINDOW_SHARDS = 16
 _CACHED_BLOCKS = 64
@@ -53,11 +55,18 @@ class States:
 
 
 class StateStream:
-    """Batches of a target set's split; files are verified when they are read."""
+    """Batches of a target set's split; files are verified when they are read.
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
+    With ``student_steps`` below the teacher's steps, the states are those at which a student of so many steps starts
+    one, and the velocity is the one that takes it to the next (see ``join_steps``).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, split: Split, student_steps: int | None = None) -> None:
         self.folder = folder
         self.split: SplitRecord = getattr(manifest, split)
+        self._sigmas = torch.tensor(manifest.sigmas)
+        self._steps = len(manifest.sigmas) - 1
+        self._grid = sub_grid(self._steps, student_steps) if student_steps not in (None, self._steps) else None
         self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def batches(self, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[States]:
@@ -66,10 +75,11 @@ class StateStream:
         The last rows of an epoch that fill no batch are left out; which rows those are differs by epoch. Raises
         TrainingError when one epoch fills no batch, IntegrityError for a file that is not what the manifest says.
         """
-        per_epoch = self.split.rows // batch_size
+        rows = sum(map(self._rows, self.split.states))
+        per_epoch = rows // batch_size
         if per_epoch == 0:
             raise TrainingError(
-                f"train.batch_size is {batch_size}, but {self.folder} holds {self.split.rows} training states. Lower "
+                f"train.batch_size is {batch_size}, but {self.folder} holds {rows} training states. Lower "
                 "train.batch_size, or raise targets.trajectories or targets.states_per_trajectory."
             )
         epoch, skip = divmod(start, per_epoch)
@@ -80,8 +90,8 @@ class StateStream:
     def in_order(self, *, batch_size: int) -> Iterator[States]:
         """Every state once, in stored order; the last batch may be smaller."""
         for record in self.split.states:
-            rows = read_tensors(self.folder, record)
-            for part in torch.arange(record.rows).split(batch_size):
+            rows = self._read(record)
+            for part in torch.arange(_length(rows)).split(batch_size):
                 yield self._states({name: value[part] for name, value in rows.items()})
 
     def _epoch(self, epoch: int, skip: int, count: int, batch_size: int, seed: int, share: slice) -> Iterator[States]:
@@ -91,7 +101,7 @@ class StateStream:
         position, first, given = 0, skip * batch_size, 0  # rows before `first` were seen before the interruption
         for at in range(0, len(shards), WINDOW_SHARDS):
             records = [self.split.states[k] for k in shards[at : at + WINDOW_SHARDS]]
-            size = sum(record.rows for record in records)
+            size = sum(map(self._rows, records))
             order = torch.randperm(size, generator=generator)  # drawn for skipped windows too, so the order holds
             kept = order[max(first - position, 0) :]
             position += size
@@ -104,8 +114,16 @@ class StateStream:
                 yield self._states(batch)
 
     def _window(self, records: list[FileRecord], order: Tensor) -> dict[str, Tensor]:
-        parts = [read_tensors(self.folder, record) for record in records]
+        parts = [self._read(record) for record in records]
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def _rows(self, record: FileRecord) -> int:
+        """How many states a file gives."""
+        return record.rows if self._grid is None else record.rows // self._steps * (len(self._grid) - 1)
+
+    def _read(self, record: FileRecord) -> dict[str, Tensor]:
+        rows = read_tensors(self.folder, record)
+        return rows if self._grid is None else join_steps(rows, self._sigmas, self._grid)
 
     def _states(self, rows: dict[str, Tensor]) -> States:
         return States(
@@ -133,6 +151,29 @@ class StateStream:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(index)
         return self._blocks[index]
+
+
+def join_steps(rows: dict[str, Tensor], sigmas: Tensor, grid: Sequence[int]) -> dict[str, Tensor]:
+    """Rows of whole trajectories, N each and in order, as rows of longer steps between the indices ``grid``.
+
+    The velocity of a longer step is ``(x_{k+m} - x_k) / (sigma_{k+m} - sigma_k)``: the mean of the velocities of its
+    parts, weighted by their widths in sigma. Everything else is as at the longer step's start.
+    """
+    steps = len(sigmas) - 1
+    widths_N = sigmas.diff()
+    starts = torch.tensor(grid[:-1])
+    joined = {}
+    for name, value in rows.items():
+        parts = value.view(-1, steps, *value.shape[1:])
+        if name == "velocity":
+            kept = [
+                torch.tensordot(parts[:, a:b].float(), widths_N[a:b], dims=([1], [0])) / widths_N[a:b].sum()
+                for a, b in pairwise(grid)
+            ]
+            joined[name] = torch.stack(kept, dim=1).flatten(0, 1)
+        else:
+            joined[name] = parts[:, starts].flatten(0, 1)
+    return joined
 
 
 def read_null(folder: Path, manifest: Manifest) -> TextEmbeddings:

@@ -59,9 +59,16 @@ class StudentPipeline(DiffusionPipeline):
         return student
 
     def _start(
-        self, fusion: dict[str, Any] | None, max_sequence_length: int, guidance_range: Sequence[float] | None
+        self,
+        fusion: dict[str, Any] | None,
+        max_sequence_length: int,
+        guidance_range: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
     ) -> None:
-        """Keep what makes this a student, and fuse the transformer unless it is so already."""
+        """Keep what makes this a student, and fuse the transformer unless it is so already.
+
+        ``sigmas`` are the starts of its own steps before the scheduler's shift, where it takes fewer than its teacher.
+        """
         if fusion is None:
             raise StudentError("A student pipeline needs 'fusion', the constants of its fused term.")
         try:
@@ -72,8 +79,9 @@ class StudentPipeline(DiffusionPipeline):
             fusion=constants.model_dump(),
             max_sequence_length=max_sequence_length,
             guidance_range=list(guidance_range) if guidance_range else None,
+            sigmas=list(sigmas) if sigmas else None,
         )
-        self._warned = False
+        self._warned: set[str] = set()
         if not isinstance(self.transformer.time_text_embed, FusedConditioning):
             fuse(self.transformer, constants)
 
@@ -84,22 +92,34 @@ class StudentPipeline(DiffusionPipeline):
         return pack(pooled_BP, null_P, torch.tensor([s]))
 
     def _warn_outside_range(self, s: float) -> None:
-        """Once a pipeline: such pictures are extrapolated."""
         trained = self.config.guidance_range
-        if trained and not trained[0] <= s <= trained[1] and not self._warned:
-            self._warned = True
-            log.warning(
-                "guidance_scale %g is outside [%g, %g], which this student was trained on: expect worse pictures",
-                s,
-                *trained,
-            )
+        if trained and not trained[0] <= s <= trained[1]:
+            low, high = trained
+            self._warn_once(f"guidance_scale {s:g} is outside [{low:g}, {high:g}], which this student was trained on")
+
+    def _warn_once(self, what: str) -> None:
+        """Of each kind (its first word) once a pipeline."""
+        kind = what.partition(" ")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning("%s: expect worse pictures", what)
 
     def _options(self, max_sequence_length: int | None, options: dict[str, Any]) -> dict[str, Any]:
-        """A call's options, with the text length the student was trained with. Raises ValueError for what it lacks."""
+        """A call's options, with text length and steps as in training. Raises ValueError for what a student lacks."""
         if any(value for name, value in options.items() if name.startswith("negative_prompt")):
             raise ValueError("A TeEFusion student takes no negative prompt: it was taught the direction from '' alone.")
         length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
-        return options | {"max_sequence_length": length}
+        return self._own_steps(options) | {"max_sequence_length": length}
+
+    def _own_steps(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options with the grid of a student that takes fewer steps than its teacher, unless the caller has another."""
+        own, asked = self.config.sigmas, options.get("num_inference_steps")
+        if not own or options.get("sigmas") is not None:
+            return options
+        if asked not in (None, len(own)):
+            self._warn_once(f"num_inference_steps {asked} is not {len(own)}, which this student was trained for")
+            return options
+        return options | {"num_inference_steps": len(own), "sigmas": list(own)}
 
 
 class TeEFusionSD3Pipeline(StudentPipeline, StableDiffusion3Pipeline):
@@ -128,6 +148,7 @@ class TeEFusionSD3Pipeline(StudentPipeline, StableDiffusion3Pipeline):
         fusion: dict[str, Any] | None = None,
         max_sequence_length: int = 256,
         guidance_range: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         StableDiffusion3Pipeline.__init__(
             self,
@@ -143,7 +164,7 @@ class TeEFusionSD3Pipeline(StudentPipeline, StableDiffusion3Pipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self._start(fusion, max_sequence_length, guidance_range)
+        self._start(fusion, max_sequence_length, guidance_range, sigmas)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -183,6 +204,7 @@ class TeEFusionFluxPipeline(StudentPipeline, FluxPipeline):
         fusion: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
         guidance_range: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         FluxPipeline.__init__(
             self,
@@ -196,7 +218,7 @@ class TeEFusionFluxPipeline(StudentPipeline, FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self._start(fusion, max_sequence_length, guidance_range)
+        self._start(fusion, max_sequence_length, guidance_range, sigmas)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As the parent's, with null text and guidance scale packed into the pooled embeddings."""

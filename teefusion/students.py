@@ -7,6 +7,7 @@ student is ``fusion`` in model_index.json. The pipelines that run it are in ``st
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,25 @@ from teefusion.student_pipelines import StudentPipeline, student_class
 
 
 def make_student(
-    pipeline: Any, fusion: Fusion, *, max_sequence_length: int, guidance_range: tuple[float, float] | None = None
+    pipeline: Any,
+    fusion: Fusion,
+    *,
+    max_sequence_length: int,
+    guidance_range: tuple[float, float] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Any:
     """A student pipeline of a stock one's parts; its transformer is fused unless it is so already.
 
-    Outside ``guidance_range``, the scales it is trained on, the student warns once.
+    Outside ``guidance_range``, the scales it is trained on, the student warns once. ``sigmas`` are the starts of its
+    own steps, before the scheduler's shift, where it was trained to take fewer than its teacher.
     """
     parts = {name: getattr(pipeline, name, None) for name in pipeline.components}
     student = student_class(pipeline)(
-        **parts, fusion=fusion.model_dump(), max_sequence_length=max_sequence_length, guidance_range=guidance_range
+        **parts,
+        fusion=fusion.model_dump(),
+        max_sequence_length=max_sequence_length,
+        guidance_range=guidance_range,
+        sigmas=sigmas,
     )
     student.set_progress_bar_config(disable=True)
     return student
@@ -91,6 +102,8 @@ def _check_copy(student: Any, copy: Any) -> None:
 
 def _two_steps(pipeline: Any) -> torch.Tensor:
     generator = torch.Generator(pipeline.device).manual_seed(0)
-    result = pipeline("", guidance_scale=3.0, num_inference_steps=2, generator=generator, output_type="latent")
+    result = pipeline(
+        "", guidance_scale=3.0, num_inference_steps=2, sigmas=[1.0, 0.5], generator=generator, output_type="latent"
+    )
     latents: torch.Tensor = result.images.float().cpu()
     return latents

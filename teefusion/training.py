@@ -36,9 +36,10 @@ from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings, TrainSettings, settings_from_json
 from teefusion.shards import read_tensors
 from teefusion.storage import write_json
+from teefusion.strategies import sub_grid
 from teefusion.stream import States, StateStream, read_null
 from teefusion.students import make_student, save_student
-from teefusion.teachers import load_teacher, load_transformer
+from teefusion.teachers import Teacher, load_teacher, load_transformer
 from teefusion.tracking import Tracker
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
@@ -99,13 +100,35 @@ class _Run:
         self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
         self.device = self.accelerator.device
         transformer, self.family = load_transformer(settings.teacher)
-        self.stream = StateStream(targets, manifest, "train")
-        self.heldout = StateStream(targets, manifest, "heldout")
+        self.stream = StateStream(targets, manifest, "train", settings.student_steps)
+        self.heldout = StateStream(targets, manifest, "heldout", settings.student_steps)
         self.null_P = read_null(targets, manifest).pooled_BP[0].to(self.device)
         self.fusion = _fusion(settings, transformer.time_text_embed, targets, manifest)
-        self.gap_scale = _mean_gap(self.heldout)
+        self.heldout_gaps = self._heldout_gaps(transformer)
+        self.gap_scale = float(torch.cat(self.heldout_gaps).mean())
         self.position = _Position()
         self._build(fuse(transformer, self.fusion).train().requires_grad_(True))
+
+    @torch.no_grad()
+    def _heldout_gaps(self, transformer: Any) -> list[Tensor]:
+        """Mean squared gap [B] between target and conditional velocity, of each batch of held-out states.
+
+        Stored with the targets; for longer steps, whose velocities are others, from the transformer before it is fused.
+        """
+        batches = self.heldout.in_order(batch_size=_EVAL_BATCH)
+        if self.settings.student_steps == self.settings.strategy.num_steps:
+            return [states.gap_B for states in batches]
+        gaps = []
+        for states in (batch.to(self.device) for batch in batches):
+            conditional = self.family.velocity(
+                transformer.to(self.device),
+                states.x_BCHW,
+                states.sigma_B * 1000.0,
+                states.text.tokens_BTE.float(),
+                states.text.pooled_BP.float(),
+            )
+            gaps.append((states.velocity_BCHW - conditional).square().mean(dim=(1, 2, 3)).cpu())
+        return gaps
 
     def _build(self, transformer: Any) -> None:
         options = self.options
@@ -236,11 +259,12 @@ class _Run:
         model = self.accelerator.unwrap_model(self.model)
         with self._averaged_weights():
             model.eval()
-            for states in self.heldout.in_order(batch_size=_EVAL_BATCH):
+            heldout = self.heldout.in_order(batch_size=_EVAL_BATCH)
+            for states, gap_B in zip(heldout, self.heldout_gaps, strict=True):
                 on_device = states.to(self.device)
                 with self.accelerator.autocast():
                     predicted = self._predict(model, on_device)
-                meter.add(predicted, on_device.velocity_BCHW, on_device.gap_B, on_device.guidance_B)
+                meter.add(predicted, on_device.velocity_BCHW, gap_B, on_device.guidance_B)
             model.train()
         return meter
 
@@ -267,12 +291,12 @@ class _Run:
             with self._averaged_weights():
                 options = self.settings.teacher.model_copy(update={"dtype": "float32"})
                 teacher = load_teacher(options, device="cpu", transformer=transformer.eval().to("cpu"))
-                strategy = self.settings.strategy
                 student = make_student(
                     teacher.pipeline,
                     self.fusion,
                     max_sequence_length=options.max_sequence_length,
-                    guidance_range=(strategy.guidance_min, strategy.guidance_max),
+                    guidance_range=(self.settings.strategy.guidance_min, self.settings.strategy.guidance_max),
+                    sigmas=_own_sigmas(self.settings, teacher),
                 )
                 save_student(student, self.output / "student")
                 self._log_samples(student)
@@ -301,13 +325,13 @@ class _Run:
         from teefusion.pictures import contact_sheet
 
         low, high = self.settings.strategy.guidance_min, self.settings.strategy.guidance_max
-        scales = [low + (high - low) * k / 3 for k in range(4)]
+        scales, steps = [low + (high - low) * k / 3 for k in range(4)], self.settings.student_steps
         rows = []
         for prompt in self.sample_prompts:
             generators = [torch.Generator().manual_seed(0) for _ in scales]
             rows.append(
                 [
-                    student(prompt, guidance_scale=s, num_inference_steps=8, generator=g).images[0]
+                    student(prompt, guidance_scale=s, num_inference_steps=steps, generator=g).images[0]
                     for s, g in zip(scales, generators, strict=True)
                 ]
             )
@@ -344,9 +368,14 @@ def _fusion(settings: Settings, stock: Any, targets: Path, manifest: Manifest) -
     )
 
 
-def _mean_gap(heldout: StateStream) -> float:
-    gaps = torch.cat([states.gap_B for states in heldout.in_order(batch_size=4096)])
-    return float(gaps.mean())
+def _own_sigmas(settings: Settings, teacher: Teacher) -> list[float] | None:
+    """Starts of the student's own steps before the schedule's shift; none where it steps as its teacher."""
+    if settings.student_steps == settings.strategy.num_steps:
+        return None
+    shift = teacher.family.shift(teacher.pipeline, teacher.latent_shape)
+    sigmas = teacher.grid(settings.strategy.num_steps).sigmas.tolist()
+    starts = [sigmas[k] for k in sub_grid(settings.strategy.num_steps, settings.student_steps)[:-1]]
+    return [sigma / (shift - (shift - 1) * sigma) for sigma in starts]
 
 
 def _split(states: States, parts: int) -> Iterator[States]:

@@ -25,7 +25,7 @@ def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateStream:
     tokens = torch.arange(4.0).view(4, 1, 1)
     embeddings = write_tensors(tmp_path, "embeddings/train-00000", {"tokens": tokens, "pooled": tokens[:, 0].clone()})
     split = SplitRecord(states=states, embeddings=(embeddings,), prompts_per_block=4)
-    manifest = Manifest.model_construct(train=split)
+    manifest = Manifest.model_construct(train=split, sigmas=(1.0, 0.5, 0.0))
     return StateStream(tmp_path, manifest, "train")
 
 
@@ -83,3 +83,39 @@ def test_in_order_gives_every_row_once(stream: StateStream) -> None:
 def test_a_batch_larger_than_the_set_is_refused_with_the_arithmetic(stream: StateStream) -> None:
     with pytest.raises(TrainingError, match="batch_size is 71, but .* holds 70 training states"):
         next(stream.batches(batch_size=71, seed=0))
+
+
+def test_longer_steps_land_where_the_teachers_steps_landed(tmp_path: Path) -> None:
+    """Two trajectories of six random steps, walked again in three, two and one."""
+    torch.manual_seed(0)
+    sigmas = torch.tensor([1.0, 0.9, 0.7, 0.55, 0.3, 0.1, 0.0])
+    velocity = torch.randn(2, 6, 1, 2, 2)
+    x = [torch.randn(2, 1, 2, 2)]
+    for k in range(6):
+        x.append(x[-1] + (sigmas[k + 1] - sigmas[k]) * velocity[:, k])
+    rows = {
+        "x": torch.stack(x[:-1], dim=1).flatten(0, 1),
+        "velocity": velocity.flatten(0, 1),
+        "sigma": sigmas[:-1].repeat(2),
+        "guidance": torch.tensor([2.0, 5.0]).repeat_interleave(6),
+        "guidance_gap": torch.ones(12),
+        "prompt": torch.tensor([0, 1]).repeat_interleave(6),
+    }
+    states = write_tensors(tmp_path, "states/0", rows)
+    tokens = torch.zeros(2, 1, 1)
+    embeddings = write_tensors(tmp_path, "embeddings/0", {"tokens": tokens, "pooled": tokens[:, 0].clone()})
+    split = SplitRecord(states=(states,), embeddings=(embeddings,), prompts_per_block=4)
+    manifest = Manifest.model_construct(train=split, sigmas=tuple(sigmas.tolist()))
+    for steps, grid in ((3, [0, 2, 4, 6]), (2, [0, 3, 6]), (1, [0, 6])):
+        (batch,) = StateStream(tmp_path, manifest, "train", steps).in_order(batch_size=64)
+        assert len(batch) == 2 * steps
+        got = batch.x_BCHW.view(2, steps, 1, 2, 2), batch.velocity_BCHW.view(2, steps, 1, 2, 2)
+        for k in range(steps):
+            torch.testing.assert_close(got[0][:, k], x[grid[k]])
+            landed = got[0][:, k] + (sigmas[grid[k + 1]] - sigmas[grid[k]]) * got[1][:, k]
+            torch.testing.assert_close(landed, x[grid[k + 1]])
+        assert batch.guidance_B.tolist() == [2.0] * steps + [5.0] * steps
+    whole = next(StateStream(tmp_path, manifest, "train", 6).in_order(batch_size=64))
+    assert torch.equal(whole.velocity_BCHW, rows["velocity"])
+    epoch = StateStream(tmp_path, manifest, "train", 3).batches(batch_size=3, seed=0)
+    assert len({float(x) for batch in islice(epoch, 2) for x in batch.x_BCHW[:, 0, 0, 0]}) == 6

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from teefusion import training
-from teefusion.errors import IntegrityError, TrainingError
+from teefusion.errors import IntegrityError, SettingsError, TrainingError
 from teefusion.launch import run_training
 from teefusion.manifests import Manifest
 from teefusion.prompts import load_prompt_set
@@ -160,6 +160,47 @@ def test_the_exported_student_is_the_averaged_one_and_runs(job: Job) -> None:
     assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
     student = load_student(job.folder / "averaged" / "student")
     assert len(student("star", guidance_scale=3.0, num_inference_steps=2).images) == 1
+
+
+@pytest.mark.parametrize("variant", ["published", "paper", "linear", "unmodulated", "distill_cfg"])
+def test_every_variant_trains_and_its_student_loads(job: Job, variant: str) -> None:
+    record = job.train("run", {"fusion.variant": variant})
+    assert record["fusion"]["variant"] == variant
+    student = load_student(job.folder / "run" / "student")
+    assert student.transformer.time_text_embed.fusion.variant == variant
+    assert (sum(p.numel() for p in student.transformer.parameters())) == record["parameters"]
+
+
+def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(job: Job) -> None:
+    job.targets = job.folder / "whole"  # with all of a trajectory's states
+    settings = job.make({"targets.states_per_trajectory": 4, "targets.trajectories": 16})
+    manifest = generate_targets(settings, load_prompt_set(job.prompts), job.targets)
+    values = {"targets.states_per_trajectory": 4, "targets.trajectories": 16, "student.num_steps": 2}
+    record = job.train("short", values | {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9})
+    curve = [residual for _, residual in record["residual_curve"]]
+    assert curve[-1] < curve[0]
+    student = load_student(job.folder / "short" / "student")
+    calls: list[int] = []
+    student.transformer.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    student("star", guidance_scale=3.0)
+    assert calls == [1, 1]
+    expected = [manifest.sigmas[k] for k in (0, 2, 4)]
+    assert student.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"student.num_steps": 5}, r"student.num_steps \(5\) is above strategy.num_steps \(4\)"),
+        ({"student.num_steps": 2}, r"set targets.states_per_trajectory to strategy.num_steps \(4, not 3\)"),
+        ({"student.num_steps": 0}, r"student.num_steps"),
+    ],
+)
+def test_a_student_grid_that_the_targets_cannot_give_is_refused(
+    make_settings: Make, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_settings(values)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job: Job) -> None:
