@@ -172,7 +172,7 @@ def register(settings: Settings) -> dict[str, Any]:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; repeatable.")
 @click.option("--guidance-scale", type=float, default=4.0, show_default=True, help="diffusers' s.")
-@click.option("--num-steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampler steps.")
+@click.option("--num-steps", type=click.IntRange(1, 1000), help="Sampler steps.  [default: the student's own, else 20]")
 @click.option("--images", type=click.IntRange(1, 64), default=1, show_default=True, help="Pictures a prompt.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder.")
@@ -181,7 +181,7 @@ def generate(
     student: Path,
     texts: tuple[str, ...],
     guidance_scale: float,
-    num_steps: int,
+    num_steps: int | None,
     images: int,
     seed: int,
     output: Path,

@@ -14,6 +14,7 @@ from teefusion.storage import write_bytes
 from teefusion.students import load_student
 
 log = logging.getLogger(__name__)
+_STEPS = 20
 
 
 def generate(
@@ -21,7 +22,7 @@ def generate(
     prompts: list[str],
     *,
     guidance_scale: float,
-    num_steps: int,
+    num_steps: int | None,
     images: int,
     seed: int,
     output: Path,
@@ -29,9 +30,11 @@ def generate(
 ) -> list[Path]:
     """Write ``images`` pictures a prompt to ``output/<prompt>-<image>.png`` and return the paths.
 
-    Picture k of a prompt starts from noise of seed ``seed + k``. Raises StudentError, StorageError.
+    Without ``num_steps`` a student that was trained for a number of steps takes them, any other 20. Picture k of a
+    prompt starts from noise of seed ``seed + k``. Raises StudentError, StorageError.
     """
     pipeline = load_student(student, device=resolve_device(device))
+    steps = num_steps or (len(pipeline.config.sigmas) if pipeline.config.sigmas else _STEPS)
     paths = []
     with Progress("generate", total=len(prompts) * images, unit="picture") as progress:
         for p, prompt in enumerate(prompts):
@@ -39,7 +42,7 @@ def generate(
             result = pipeline(
                 prompt,
                 guidance_scale=guidance_scale,
-                num_inference_steps=num_steps,
+                num_inference_steps=steps,
                 num_images_per_prompt=images,
                 generator=generators,
             )
