@@ -241,6 +241,9 @@ class TrainSettings(_Section):
     """Of the averaged weights, which are the student; 0 turns averaging off."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; master weights are float32."""
+    states: Literal["stored", "student"] = "stored"
+    """`stored`: those of the target set. `student`: those that the student itself reaches from noise, with the teacher
+    asked while training; its prompts and guidance scales are the target set's."""
     loss_weighting: Literal["none", "guidance"] = "none"
     """`guidance` divides each sample's error by its mean squared guidance gap, so small scales count as large ones."""
     log_every: int = Field(default=10, gt=0)
@@ -380,6 +383,8 @@ class Settings(BaseSettings):
                 f"student.num_steps ({steps}) is above strategy.num_steps ({self.strategy.num_steps}): a student takes "
                 "no more steps than its teacher took"
             )
+        if steps not in (None, self.strategy.num_steps) and self.train.states == "student":
+            raise ValueError(f"student.num_steps ({steps}) joins stored steps: set train.states to stored")
         if steps not in (None, self.strategy.num_steps) and stored != self.strategy.num_steps:
             raise ValueError(
                 f"student.num_steps ({steps}) joins the teacher's steps, which takes all of a trajectory's: set "

@@ -132,7 +132,7 @@ def load_transformer(settings: TeacherSettings) -> tuple[Any, Family]:
 
 
 def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: Any) -> Teacher:
-    """Load a teacher's pipeline, frozen, in eval mode. ``parts`` take the place of those in the folder.
+    """Load a teacher's pipeline, frozen, in eval mode. ``parts`` take the place of those of that name in the folder.
 
     Raises TeacherError if the folder or hub id cannot be loaded, is of no supported family, or is another revision
     than the settings name.
@@ -144,6 +144,7 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: An
     dtype = getattr(torch, settings.dtype)
     # A part that the folder lists as null (SD3 without T5) has to be named, or diffusers reports it missing.
     absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    parts = {name: part for name, part in parts.items() if name in index}
     try:
         models = load_models(source, index, dtype=dtype, error=TeacherError, besides=parts, **options)
         pipeline = pipeline_class.from_pretrained(

@@ -31,16 +31,18 @@ from teefusion.errors import TeEFusionError, TrainingError
 from teefusion.families import TextEmbeddings
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.manifests import Manifest, read_manifest
+from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings, TrainSettings, settings_from_json
 from teefusion.shards import read_tensors
 from teefusion.storage import write_json
-from teefusion.strategies import sub_grid
+from teefusion.strategies import make_strategy, sub_grid
 from teefusion.stream import States, StateStream, read_null
 from teefusion.students import make_student, save_student
 from teefusion.teachers import Teacher, load_teacher, load_transformer
 from teefusion.tracking import Tracker
+from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
 RESULT = "training.json"
@@ -108,6 +110,26 @@ class _Run:
         self.gap_scale = float(torch.cat(self.heldout_gaps).mean())
         self.position = _Position()
         self._build(fuse(transformer, self.fusion).train().requires_grad_(True))
+        self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
+
+    def _on_policy(self, targets: Path, manifest: Manifest) -> OnPolicyStream:
+        """The student's own states; the teacher is held beside it, without text encoders."""
+        settings = self.settings
+        encoders = {name: None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        teacher = load_teacher(settings.teacher, device=str(self.device), **encoders)
+
+        def student(x_BCHW: Tensor, sigma_B: Tensor, s_B: Tensor, text: TextEmbeddings) -> Tensor:
+            with self.accelerator.autocast():
+                return self._velocity(self.model, x_BCHW, sigma_B, s_B, text)
+
+        return OnPolicyStream(
+            self.stream,
+            with_weights(teacher, settings.strategy),
+            make_strategy(settings.strategy),
+            settings.strategy.num_steps,
+            read_null(targets, manifest),
+            student,
+        )
 
     @torch.no_grad()
     def _heldout_gaps(self, transformer: Any) -> list[Tensor]:
@@ -163,7 +185,7 @@ class _Run:
 
     def _loop(self) -> None:
         options, accelerator = self.options, self.accelerator
-        batches = self.stream.batches(
+        batches = self.states.batches(
             batch_size=options.batch_size,
             seed=options.seed,
             start=self.position.step,
@@ -208,13 +230,11 @@ class _Run:
 
     def _predict(self, model: Any, states: States) -> Tensor:
         """The student's velocity [B, C, H, W] at the states, each with its own guidance."""
-        return self.family.velocity(
-            model,
-            states.x_BCHW,
-            states.sigma_B * 1000.0,
-            states.text.tokens_BTE.float(),
-            pack(states.text.pooled_BP, self.null_P, states.guidance_B),
-        )
+        return self._velocity(model, states.x_BCHW, states.sigma_B, states.guidance_B, states.text)
+
+    def _velocity(self, model: Any, x_BCHW: Tensor, sigma_B: Tensor, s_B: Tensor, text: TextEmbeddings) -> Tensor:
+        packed = pack(text.pooled_BP, self.null_P, s_B)
+        return self.family.velocity(model, x_BCHW, sigma_B * 1000.0, text.tokens_BTE.float(), packed)
 
     def _after_step(self, loss: Tensor, norm: Tensor) -> None:
         options, step = self.options, self.position.step

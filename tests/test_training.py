@@ -203,6 +203,20 @@ def test_a_student_grid_that_the_targets_cannot_give_is_refused(
         make_settings(values)
 
 
+def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"train.states": "student", "train.steps": 30, "train.learning_rate": 3e-3, "train.ema_decay": 0.5}
+    values |= {"train.checkpoint_every": 10, "train.eval_every": 30}
+    record = job.train("whole", values)
+    curve = [residual for _, residual in record["residual_curve"]]
+    assert curve[-1] < curve[0]
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken", values)
+    assert job.train("broken", values)["resumed_from"] == 10
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(job: Job) -> None:
     with pytest.raises(TrainingError, match="loss is nan at step .*lower train.learning_rate"):
         job.train("burnt", {"train.learning_rate": 1e30, "train.max_grad_norm": 1e30})
