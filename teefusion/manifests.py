@@ -27,6 +27,8 @@ class FileRecord(_Model):
     rows: int
     bytes: int
     sha256: str
+    forwards: int = 0
+    """Transformer forwards that it took."""
 
 
 class SplitRecord(_Model):

@@ -197,6 +197,13 @@ class TargetSettings(_Section):
     """Type of stored states and velocities; computed in float32 whatever this says."""
     seed: int = Field(default=0, ge=0)
     """Of noise, guidance and step draws."""
+    images: str | None = None
+    """Folder of captioned pictures (metadata.jsonl with `file_name` and `prompt`), whose noised latents then are the
+    states; none is the teacher's own trajectories."""
+    images_sha256: str | None = None
+    """Digest of that folder; filled in when the run starts."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"images"})
 
 
 class FusionSettings(_Section):
@@ -383,6 +390,8 @@ class Settings(BaseSettings):
                 f"student.num_steps ({steps}) is above strategy.num_steps ({self.strategy.num_steps}): a student takes "
                 "no more steps than its teacher took"
             )
+        if steps not in (None, self.strategy.num_steps) and self.targets.images:
+            raise ValueError(f"student.num_steps ({steps}) joins steps of a trajectory: unset targets.images")
         if steps not in (None, self.strategy.num_steps) and self.train.states == "student":
             raise ValueError(f"student.num_steps ({steps}) joins stored steps: set train.states to stored")
         if steps not in (None, self.strategy.num_steps) and stored != self.strategy.num_steps:

@@ -25,12 +25,13 @@ from teefusion.manifests import FileRecord
 from teefusion.storage import read_json, sha256_file, storage_error, write_bytes, write_json
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> FileRecord:
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor], *, forwards: int = 0) -> FileRecord:
     """Publish a file and then its record. Raises StorageError."""
     path = folder / f"{name}.safetensors"
     data = save_tensors({key: value.contiguous() for key, value in tensors.items()})
     write_bytes(path, data)
-    record = FileRecord(name=name, rows=len(next(iter(tensors.values()))), bytes=len(data), sha256=sha256_file(path))
+    rows = len(next(iter(tensors.values())))
+    record = FileRecord(name=name, rows=rows, bytes=len(data), sha256=sha256_file(path), forwards=forwards)
     write_json(_record_path(folder, name), record.model_dump())
     return record
 

@@ -58,4 +58,8 @@ def pin(settings: Settings) -> Settings:
         if (source := getattr(settings.strategy, name)) is not None
     }
     strategy = settings.strategy.model_copy(update=further)
-    return settings.model_copy(update={"teacher": teacher, "prompts": prompts, "strategy": strategy})
+    changed = {"teacher": teacher, "prompts": prompts, "strategy": strategy}
+    if settings.targets.images is not None:
+        digest = sha256_folder(Path(settings.targets.images))
+        changed["targets"] = settings.targets.model_copy(update={"images_sha256": digest})
+    return settings.model_copy(update=changed)

@@ -108,7 +108,11 @@ class Strategy:
 
     def forwards(self, num_steps: int) -> int:
         """Transformer forwards a picture over a whole trajectory (NFE)."""
-        return self.forwards_a_step * num_steps + self.forwards_a_reflection * self.reflected_steps
+        return sum(self.forwards_at(i) for i in range(num_steps))
+
+    def forwards_at(self, i: int) -> int:
+        """Transformer forwards a picture of step i."""
+        return self.forwards_a_step + (self.forwards_a_reflection if i < self.reflected_steps else 0)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, s_B: Tensor) -> Tensor:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from teefusion.errors import TrainingError
 from teefusion.families import TextEmbeddings
+from teefusion.images import CaptionedPictures
 from teefusion.manifests import SCHEMA_VERSION, FileRecord, Manifest, Split, SplitRecord, target_key, write_manifest
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt, PromptSet
 from teefusion.settings import Settings
 from teefusion.shards import finished, read_tensors, write_tensors
-from teefusion.strategies import Grid, Strategy, effective_velocity, make_strategy
+from teefusion.strategies import Grid, Step, Strategy, effective_velocity, make_strategy
 from teefusion.teachers import Teacher, load_teacher
 from teefusion.weights import with_weights
 
@@ -54,7 +55,6 @@ def generate_targets(settings: Settings, prompts: PromptSet, folder: Path) -> Ma
     walker = _Walker(settings, teacher, strategy, folder, _text(read_tensors(folder, null)))
     train = walker.split("train", prompts.train, settings.targets.trajectories)
     heldout = walker.split("heldout", prompts.heldout, settings.targets.heldout_trajectories)
-    total = settings.targets.trajectories + settings.targets.heldout_trajectories
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         key=target_key(settings, prompts.sha256),
@@ -64,7 +64,7 @@ def generate_targets(settings: Settings, prompts: PromptSet, folder: Path) -> Ma
         prompt_set=prompts.sha256,
         sigmas=tuple(float(sigma) for sigma in walker.grid.sigmas),
         latent_shape=teacher.latent_shape,
-        forwards=total * strategy.forwards(settings.strategy.num_steps),
+        forwards=sum(record.forwards for record in (*train.states, *heldout.states)),
         null=null,
         train=train,
         heldout=heldout,
@@ -97,31 +97,78 @@ def walk(
     model = teacher.denoiser(text, null)
     x = torch.stack([item.noise_CHW for item in draws]).to(teacher.device)  # [B, C, H, W], float32 between steps
     s = torch.tensor([item.guidance for item in draws], device=teacher.device)
-    rows: dict[tuple[int, int], dict[str, Tensor]] = {}
+    rows = _Rows(grid, draws)
     for i in range(len(grid)):
         step = strategy.step(model, grid, x, i, s)
-        velocity = effective_velocity(grid, x, step.x_next_BCHW, i)
-        if not bool(torch.isfinite(velocity).all()):
-            bad = draws[int((~torch.isfinite(velocity)).flatten(1).any(1).nonzero()[0])]
+        rows.add(i, range(len(draws)), x, s, step)
+        x = step.x_next_BCHW
+    return rows.stacked()
+
+
+@torch.no_grad()
+def noise_pictures(
+    teacher: Teacher,
+    strategy: Strategy,
+    grid: Grid,
+    text: TextEmbeddings,
+    null: TextEmbeddings,
+    draws: Sequence[Draw],
+    latents_BCHW: Tensor,
+) -> dict[str, Tensor]:
+    """Rows as of ``walk``, but noised latents of pictures: ``x = (1 - sigma) x0 + sigma noise`` at each kept step.
+
+    Raises what ``walk`` raises.
+    """
+    rows = _Rows(grid, draws)
+    for i in range(len(grid)):
+        kept = [b for b, item in enumerate(draws) if i in item.steps_K]
+        if not kept:
+            continue
+        index = torch.tensor(kept, device=teacher.device)
+        noise = torch.stack([_noise(draws[b].seed + 1 + i, latents_BCHW.shape[1:]) for b in kept]).to(teacher.device)
+        x = (1 - grid.sigmas[i]) * latents_BCHW[index] + grid.sigmas[i] * noise
+        s = torch.tensor([draws[b].guidance for b in kept], device=teacher.device)
+        rows.add(i, kept, x, s, strategy.step(teacher.denoiser(text.select(index), null), grid, x, i, s))
+    return rows.stacked()
+
+
+def _noise(seed: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class _Rows:
+    """Kept states of a batch, ordered by trajectory and step in the end."""
+
+    def __init__(self, grid: Grid, draws: Sequence[Draw]) -> None:
+        self._grid, self._draws = grid, draws
+        self._rows: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def add(self, i: int, members: Sequence[int], x_BCHW: Tensor, s_B: Tensor, step: Step) -> None:
+        """The states at step i of the batch's ``members`` that keep it. Raises TrainingError; see ``walk``."""
+        velocity_BCHW = effective_velocity(self._grid, x_BCHW, step.x_next_BCHW, i)
+        if not bool(torch.isfinite(velocity_BCHW).all()):
+            bad = self._draws[members[int((~torch.isfinite(velocity_BCHW)).flatten(1).any(1).nonzero()[0])]]
             raise TrainingError(
                 f"The teacher gave a non-finite velocity at step {i}, prompt {bad.prompt!r}, seed {bad.seed}, guidance "
                 f"{bad.guidance:.2f}. Nothing of the shard was stored. Try --set teacher.dtype=float32 or a smaller "
                 "strategy.guidance_max."
             )
-        gap_B = (velocity - step.conditional_BCHW).square().mean(dim=(1, 2, 3))
-        for b, item in enumerate(draws):
-            if i in item.steps_K:
-                rows[b, i] = {
-                    "x": x[b],
-                    "velocity": velocity[b],
-                    "sigma": grid.sigmas[i],
+        gap_B = (velocity_BCHW - step.conditional_BCHW).square().mean(dim=(1, 2, 3))
+        for k, b in enumerate(members):
+            if i in self._draws[b].steps_K:
+                self._rows[b, i] = {
+                    "x": x_BCHW[k],
+                    "velocity": velocity_BCHW[k],
+                    "sigma": self._grid.sigmas[i],
                     "step": torch.tensor(i, dtype=torch.int32),
-                    "guidance": s[b],
-                    "guidance_gap": gap_B[b],
+                    "guidance": s_B[k],
+                    "guidance_gap": gap_B[k],
                 }
-        x = step.x_next_BCHW
-    ordered = [rows[key] for key in sorted(rows)]
-    return {name: torch.stack([row[name] for row in ordered]).cpu() for name in ordered[0]}
+
+    def stacked(self) -> dict[str, Tensor]:
+        """All rows, on the CPU."""
+        ordered = [self._rows[key] for key in sorted(self._rows)]
+        return {name: torch.stack([row[name] for row in ordered]).cpu() for name in ordered[0]}
 
 
 class _Walker:
@@ -132,27 +179,37 @@ class _Walker:
     ) -> None:
         self.settings, self.teacher, self.strategy, self.folder, self.null = settings, teacher, strategy, folder, null
         self.grid = teacher.grid(settings.strategy.num_steps)
+        images = settings.targets.images
+        self.pictures = CaptionedPictures(Path(images)) if images else None
 
     def split(self, split: Split, prompts: Sequence[Prompt], trajectories: int) -> SplitRecord:
         """All shards and embedding blocks of a split; those that are there already are kept."""
         block = self.settings.targets.shard_trajectories
         used = prompts[: min(len(prompts), trajectories)]
+        if self.pictures is not None:
+            self.pictures.require(used)
         embeddings = [
             self._embeddings(f"embeddings/{split}-{k:05d}", used[k * block : (k + 1) * block])
             for k in range(-(-len(used) // block))
         ]
         states = []
-        forwards = self.strategy.forwards(len(self.grid))
         with Progress(f"targets ({split})", total=trajectories, unit="trajectory") as progress:
             for k in range(-(-trajectories // block)):
                 indices = range(k * block, min((k + 1) * block, trajectories))
                 name = f"states/{split}-{k:05d}"
                 record = finished(self.folder, name)
                 if record is None:
-                    record = write_tensors(self.folder, name, self._shard(split, used, embeddings, indices))
+                    rows = self._shard(split, used, embeddings, indices)
+                    record = write_tensors(self.folder, name, rows, forwards=self._price(rows, len(indices)))
                 states.append(record)
-                progress.advance(len(indices), forwards=len(indices) * forwards)
+                progress.advance(len(indices), forwards=record.forwards)
         return SplitRecord(states=tuple(states), embeddings=tuple(embeddings), prompts_per_block=block)
+
+    def _price(self, rows: dict[str, Tensor], trajectories: int) -> int:
+        """Forwards that a shard took: of whole trajectories, or of the kept steps alone."""
+        if self.pictures is None:
+            return trajectories * self.strategy.forwards(len(self.grid))
+        return sum(map(self.strategy.forwards_at, rows["step"].tolist()))
 
     def _embeddings(self, name: str, prompts: Sequence[Prompt]) -> FileRecord:
         return finished(self.folder, name) or _write_embeddings(
@@ -182,12 +239,22 @@ class _Walker:
                 for j, p in zip(batch, chosen, strict=True)
             ]
             null = TextEmbeddings(*(part.to(self.teacher.device) for part in self.null))
-            rows = walk(self.teacher, self.strategy, self.grid, text, null, draws)
+            rows = self._rows(text, null, draws, [prompts[p] for p in chosen])
             rows["trajectory"] = torch.tensor(batch, dtype=torch.int64).repeat_interleave(kept)
             rows["prompt"] = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(kept)
             parts.append(rows)
         shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return shard | {name: shard[name].to(dtype) for name in ("x", "velocity")}
+
+    def _rows(
+        self, text: TextEmbeddings, null: TextEmbeddings, draws: Sequence[Draw], prompts: Sequence[Prompt]
+    ) -> dict[str, Tensor]:
+        if self.pictures is None:
+            return walk(self.teacher, self.strategy, self.grid, text, null, draws)
+        _, height, width = self.teacher.latent_shape
+        factor = int(self.teacher.pipeline.vae_scale_factor)
+        latents = self.pictures.latents(self.teacher.pipeline, prompts, height=height * factor, width=width * factor)
+        return noise_pictures(self.teacher, self.strategy, self.grid, text, null, draws, latents)
 
 
 def _write_embeddings(teacher: Teacher, folder: Path, name: str, prompts: list[str]) -> FileRecord:
