@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,25 @@ from teefusion.errors import PromptError
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt
+from teefusion.sampling import sample
 from teefusion.scoring import Scorer
 from teefusion.settings import EvaluateSettings, Settings
 from teefusion.storage import write_bytes
+from teefusion.strategies import TEACHER, make_strategy
 from teefusion.teachers import Teacher
 
-GuidanceOptions = Callable[[float, int], dict[str, Any]]
-"""What a pipeline is called with at a guidance scale, for so many prompts."""
 ROWS = ("unguided", "teacher", "student")
+Draw = Callable[[list[str], float, list[torch.Generator]], list[Image]]
+"""Pictures of prompts at a guidance scale, one generator of noise each."""
 
 
 @dataclass
 class Sampler:
-    """A pipeline at one guidance scale; counts transformer forwards and seconds."""
+    """One row of the comparison: draws at one guidance scale, and counts transformer forwards and seconds."""
 
-    pipeline: Any
-    guide: GuidanceOptions
+    draw: Draw
+    transformers: Sequence[torch.nn.Module]
     guidance_scale: float
-    options: dict[str, Any]
     seed: int
     seconds: list[float] = field(default_factory=list)
     pictures: int = 0
@@ -47,18 +48,14 @@ class Sampler:
     def __call__(self, prompts: Sequence[Prompt]) -> list[Image]:
         """One picture a prompt; the noise depends on seed and prompt alone."""
         generators = [torch.Generator().manual_seed(_noise_seed(self.seed, prompt)) for prompt in prompts]
-        hook = self.pipeline.transformer.register_forward_hook(self._count)
+        hooks = [transformer.register_forward_hook(self._count) for transformer in self.transformers]
         _synchronize()
         started = time.perf_counter()
         try:
-            images: list[Image] = self.pipeline(
-                [prompt.text for prompt in prompts],
-                generator=generators,
-                **self.guide(self.guidance_scale, len(prompts)),
-                **self.options,
-            ).images
+            images = self.draw([prompt.text for prompt in prompts], self.guidance_scale, generators)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         _synchronize()
         self.seconds.append((time.perf_counter() - started) / len(prompts))
         self.pictures += len(prompts)
@@ -84,24 +81,39 @@ class Sampler:
 
 
 def samplers(settings: Settings, teacher: Teacher, student: Any) -> dict[str, Sampler]:
-    """The three rows of the comparison."""
-
-    def guide_student(s: float, count: int) -> dict[str, Any]:
-        return {"guidance_scale": s}
-
-    own = {"num_inference_steps": settings.student.num_steps} if settings.student.num_steps else {}
-    guide_teacher, pipeline = teacher.family.guidance_options, teacher.pipeline
-    options = settings.evaluate
+    """The three rows of the comparison: the plain teacher, the teacher by its strategy, the student."""
+    options, num_steps = settings.evaluate, settings.evaluate.num_steps or settings.strategy.num_steps
+    strategy = make_strategy(settings.strategy)
     shared = {
-        "num_inference_steps": options.num_steps or settings.strategy.num_steps,
         "height": settings.teacher.height,
         "width": settings.teacher.width,
         "max_sequence_length": settings.teacher.max_sequence_length,
     }
+
+    def by_stock_pipeline(prompts: list[str], s: float, generators: list[torch.Generator]) -> list[Image]:
+        teacher.transformer_on(TEACHER)  # switches a strategy's LoRA off
+        guidance = teacher.family.guidance_options(s, len(prompts))
+        result = teacher.pipeline(prompts, generator=generators, num_inference_steps=num_steps, **guidance, **shared)
+        return result.images  # type: ignore[no-any-return]
+
+    def by_strategy(prompts: list[str], s: float, generators: list[torch.Generator]) -> list[Image]:
+        images: list[Image] = sample(
+            teacher, strategy, prompts, guidance_scale=s, num_steps=num_steps, generators=generators
+        )
+        return images
+
+    def by_student(prompts: list[str], s: float, generators: list[torch.Generator]) -> list[Image]:
+        steps = settings.student.num_steps or num_steps
+        result = student(prompts, guidance_scale=s, generator=generators, num_inference_steps=steps, **shared)
+        return result.images  # type: ignore[no-any-return]
+
+    plain = settings.strategy.name == "euler_cfg"
+    teachers = [model for model in (teacher.pipeline.transformer, teacher.second) if model is not None]
+    draw = by_stock_pipeline if plain else by_strategy
     return {
-        "unguided": Sampler(pipeline, guide_teacher, 1.0, shared, options.seed),
-        "teacher": Sampler(pipeline, guide_teacher, options.guidance_scale, shared, options.seed),
-        "student": Sampler(student, guide_student, options.guidance_scale, shared | own, options.seed),
+        "unguided": Sampler(by_stock_pipeline, teachers, 1.0, options.seed),
+        "teacher": Sampler(draw, teachers, options.guidance_scale, options.seed),
+        "student": Sampler(by_student, [student.transformer], options.guidance_scale, options.seed),
     }
 
 
@@ -143,10 +155,7 @@ def guidance_sweep(
     sweep: dict[str, dict[float, list[bytes]]] = {}
     for row, base in rows.items():
         sweep[row] = {
-            scale: [
-                png_bytes(image)
-                for image in Sampler(base.pipeline, base.guide, scale, base.options, base.seed)(prompts)
-            ]
+            scale: [png_bytes(image) for image in replace(base, guidance_scale=scale, seconds=[])(prompts)]
             for scale in scales
         }
     return sweep

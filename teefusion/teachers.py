@@ -61,6 +61,14 @@ class Teacher:
             self.pipeline, prompts, max_sequence_length=self.settings.max_sequence_length, device=self.device
         )
 
+    def transformer_on(self, weights: Weights) -> Any:
+        """The transformer that has these weights now, and until it is asked for with others."""
+        if weights.transformer == "second":
+            return self.second
+        if self.has_lora:
+            _set_lora_scale(self.pipeline.transformer, weights.lora_scale)
+        return self.pipeline.transformer
+
     def denoiser(self, text: TextEmbeddings, null: TextEmbeddings) -> TeacherDenoiser:
         """The teacher bound to one batch of prompts; ``null`` is the encoded empty prompt, batch 1."""
         return TeacherDenoiser(self, text, null)
@@ -102,11 +110,8 @@ class TeacherDenoiser:
 
     @torch.no_grad()
     def _velocity(self, x_BCHW: Tensor, timestep: Tensor, text: TextEmbeddings) -> Tensor:
-        teacher = self._teacher
-        transformer = teacher.second if self._weights.transformer == "second" else teacher.pipeline.transformer
-        if teacher.has_lora and transformer is teacher.pipeline.transformer:
-            _set_lora_scale(transformer, self._weights.lora_scale)
-        return teacher.family.velocity(transformer, x_BCHW, timestep, *text)
+        transformer = self._teacher.transformer_on(self._weights)
+        return self._teacher.family.velocity(transformer, x_BCHW, timestep, *text)
 
 
 def _set_lora_scale(transformer: Any, scale: float) -> None:

@@ -25,7 +25,7 @@ def evaluation_folder(settings: Settings, prompts: Path, student: Path) -> Path:
         {
             "student": student.parent.name,
             "teacher": settings.teacher.content(),
-            "num_steps": settings.strategy.num_steps,
+            "strategy": settings.strategy.content(),
             "prompts": prompts.name,
             "evaluate": settings.evaluate.content(),
             "gate": settings.gate.content(),
@@ -58,10 +58,11 @@ def _compare(settings: Settings, prompts: Path, student: Path, training: dict[st
     from teefusion.scoring import load_scorer
     from teefusion.students import load_student
     from teefusion.teachers import load_teacher
+    from teefusion.weights import with_weights
 
     options = settings.evaluate
     chosen = evaluation.choose_prompts(load_prompt_set(prompts).heldout, options)
-    teacher = load_teacher(settings.teacher, device=settings.device)
+    teacher = with_weights(load_teacher(settings.teacher, device=settings.device), settings.strategy)
     pipeline = load_student(student, device=teacher.device, dtype=teacher.pipeline.transformer.dtype)
     scorer = load_scorer(options.scorer, device=resolve_device(settings.device))
     rows = evaluation.samplers(settings, teacher, pipeline)
