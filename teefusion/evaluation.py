@@ -28,6 +28,7 @@ from teefusion.storage import write_bytes
 from teefusion.strategies import TEACHER, make_strategy
 from teefusion.teachers import Teacher
 
+_WARM_UP_PICTURES = 8
 ROWS = ("unguided", "teacher", "student")
 Draw = Callable[[list[str], float, list[torch.Generator]], list[Image]]
 """Pictures of prompts at a guidance scale, one generator of noise each."""
@@ -133,7 +134,7 @@ def score_rows(
     """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``."""
     scores: dict[str, list[float]] = {row: [] for row in rows}
     for sampler in rows.values():
-        sampler.warm_up(prompts[: options.batch_size])
+        sampler.warm_up(prompts[: min(options.batch_size, _WARM_UP_PICTURES)])
     position = 0
     with Progress("evaluate", total=len(prompts) * len(rows), unit="picture") as progress:
         for batch in _batches(prompts, options.batch_size):
