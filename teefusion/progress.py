@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 _LINE_EVERY_S = 5.0
+_COLUMNS = 100  # of a terminal that does not say
 TTY_VARIABLE = "TEEFUSION_PROGRESS_TTY"
 
 
@@ -36,7 +37,7 @@ class Progress:
             unit=f" {unit}",
             file=self._terminal or sys.stderr,
             mininterval=0.2 if self._terminal else _LINE_EVERY_S,
-            dynamic_ncols=self._terminal is not None,
+            **_width(self._terminal),
             ascii=self._terminal is None,
             disable=self._terminal is None,  # without a terminal the lines below take the bar's place
         )
@@ -75,6 +76,13 @@ class Progress:
         self._bar.close()
         if self._terminal and self._terminal is not sys.stderr:
             self._terminal.close()
+
+
+def _width(terminal: IO[Any] | None) -> dict[str, Any]:
+    """How wide the bar is. A terminal that does not know its size says 0, in which tqdm would draw nothing."""
+    if terminal is None or os.get_terminal_size(terminal.fileno()).columns:
+        return {"dynamic_ncols": terminal is not None}
+    return {"ncols": _COLUMNS}
 
 
 def _terminal() -> IO[Any] | None:
