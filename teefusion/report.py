@@ -264,6 +264,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+_HIGHEST_RESIDUAL = 1.5  # that is drawn
 _WIDTH = 4.8  # inches; the page scales a chart to its column, so a smaller one has larger letters
 _NARROW = (3.7, 2.3)
 
@@ -386,7 +387,12 @@ def _residual_chart(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
         color=_COLORS["muted"],
     )
     axes.plot(steps, residuals, color=_COLORS["student"], linewidth=2, marker="o", markersize=4)
-    axes.set_ylim(0, max(1.15, 1.05 * max(residuals)))
+    top = max(1.15, 1.05 * min(max(residuals), _HIGHEST_RESIDUAL))
+    if residuals[0] > top:  # the fused term disturbs the teacher before it is trained; the rest is what matters
+        axes.annotate(
+            f"from {residuals[0]:.1f}", (steps[0], top), xytext=(6, -14), textcoords="offset points", fontsize=9
+        )
+    axes.set_ylim(0, top)
     _step_axes(axes, "guidance residual")
 
 
