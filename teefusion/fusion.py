@@ -162,17 +162,24 @@ def _silent_copy(embedder: Any) -> Any:
 
 @torch.no_grad()
 def measure_sizes(
-    stock: Any, pooled_BP: Tensor, null_P: Tensor, guidance_B: Tensor, *, convention: Convention = "s"
+    stock: Any,
+    pooled_BP: Tensor,
+    null_P: Tensor,
+    guidance_B: Tensor,
+    *,
+    convention: Convention = "s",
+    embedded_guidance: float = 1.0,
 ) -> dict[str, float]:
     """Root mean squares of the undivided fused term and of the conditioning it joins, over the given prompts.
 
     Returns ``term_rms`` and ``temb_rms`` for ``make_fusion``. Timesteps run evenly over 1000..0.
     """
-    probe = FusedConditioning(stock, make_fusion("paper", convention=convention))
+    fusion = make_fusion("paper", convention=convention, embedded_guidance=embedded_guidance)
+    probe = FusedConditioning(stock, fusion)
     timestep_B = torch.linspace(1000.0, 0.0, pooled_BP.shape[0], device=pooled_BP.device)
-    temb_BD = (probe._time(timestep_B) + probe._text(pooled_BP)).float()
+    term_BD = probe._term(pooled_BP - null_P, guidance_B)
     fused_BD = probe(timestep_B, pack(pooled_BP, null_P, guidance_B)).float()
-    return {"term_rms": _rms(fused_BD - temb_BD), "temb_rms": _rms(temb_BD)}
+    return {"term_rms": _rms(term_BD), "temb_rms": _rms(fused_BD - term_BD)}
 
 
 def _rms(values: Tensor) -> float:

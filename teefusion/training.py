@@ -379,12 +379,14 @@ def _fusion(settings: Settings, stock: Any, targets: Path, manifest: Manifest) -
     pooled_BP, null_P = block["pooled"].float(), read_null(targets, manifest).pooled_BP[0].float()
     guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
     options = settings.fusion
-    sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=options.convention)
+    convention, embedded = options.convention, settings.teacher.embedded_guidance
+    sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=convention, embedded_guidance=embedded)
     return make_fusion(
         options.variant,
-        convention=options.convention,
-        embedded_guidance=settings.teacher.embedded_guidance,
-        **sizes,
+        convention=convention,
+        term_rms=sizes["term_rms"],
+        temb_rms=sizes["temb_rms"],
+        embedded_guidance=embedded,
     )
 
 

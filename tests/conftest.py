@@ -34,28 +34,10 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
     """Random weights from ``seed``, 16-pixel pictures, 2 layers of width 16."""
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(seed)
     tokenizer = letter_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -69,7 +51,45 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
         pooled_projection_dim=32,
         pos_embed_max_size=8,
     )
-    vae = AutoencoderKL(
+    vae = tiny_autoencoder()
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=tiny_clip(),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_clip(),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
+def tiny_clip(*, projected: bool = True) -> Any:
+    """A CLIP text encoder of width 16."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = letter_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(text)
+
+
+def tiny_autoencoder() -> Any:
+    """16 pixels to 4 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -82,17 +102,6 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -18,24 +16,18 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from teefusion import StudentPipeline
 from teefusion.errors import TeacherError
 from teefusion.families import family_of
-from teefusion.fusion import fuse, make_fusion, pack
+from teefusion.fusion import FusedConditioning, fuse, make_fusion, measure_sizes, pack
 from teefusion.settings import StrategySettings, TeacherSettings
 from teefusion.strategies import make_strategy
 from teefusion.students import load_student, make_student, save_student
 from teefusion.teachers import Teacher, load_teacher
-from tests.conftest import letter_tokenizer
+from tests.by_hand import mlps, psi
+from tests.conftest import letter_tokenizer, tiny_autoencoder, tiny_clip
 
 # The keys of the published configs, with small numbers; dev and schnell differ in guidance_embeds alone.
 SD35 = {
@@ -67,23 +59,6 @@ FLUX = {
 }
 
 
-def clip(projected: bool) -> Any:
-    tokenizer = letter_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
 def t5(width: int) -> Any:
     return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
@@ -101,30 +76,14 @@ def word_tokenizer() -> Any:
     )
 
 
-def autoencoder() -> Any:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.05,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
 def make_sd35() -> Any:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**SD35),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
-        text_encoder=clip(projected=True),
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_clip(),
         tokenizer=letter_tokenizer(),
-        text_encoder_2=clip(projected=True),
+        text_encoder_2=tiny_clip(),
         tokenizer_2=letter_tokenizer(),
         text_encoder_3=t5(40),
         tokenizer_3=word_tokenizer(),
@@ -135,8 +94,8 @@ def make_flux(*, dev: bool) -> Any:
     return FluxPipeline(
         transformer=FluxTransformer2DModel(**(FLUX | {"guidance_embeds": dev})),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
-        vae=autoencoder(),
-        text_encoder=clip(projected=False),
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_clip(projected=False),
         tokenizer=letter_tokenizer(),
         text_encoder_2=t5(16),
         tokenizer_2=word_tokenizer(),
@@ -168,16 +127,7 @@ def teacher(folder: Path) -> Teacher:
 
 def by_hand(module: Any, t: float, c: Tensor, null: Tensor, s: float, embedded: float | None) -> Tensor:
     """The paper's formula in float64, from the weights alone."""
-    w = {name: value.double() for name, value in module.state_dict().items()}
-
-    def psi(value: float) -> Tensor:
-        frequency = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
-        return torch.cat([torch.cos(value * frequency), torch.sin(value * frequency)])
-
-    def mlp(name: str, x: Tensor) -> Tensor:
-        hidden = w[f"{name}.linear_1.weight"] @ x + w[f"{name}.linear_1.bias"]
-        return w[f"{name}.linear_2.weight"] @ (hidden * torch.sigmoid(hidden)) + w[f"{name}.linear_2.bias"]
-
+    mlp = mlps(module.state_dict())
     temb = mlp("timestep_embedder", psi(t)) + mlp("text_embedder", c)
     if embedded is not None:
         temb = temb + mlp("guidance_embedder", psi(1000 * embedded))
@@ -202,6 +152,20 @@ def test_the_fused_forward_is_the_stock_one_with_the_formula_as_its_conditioning
     # psi is computed in float32, of arguments up to 6,500
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
     assert float((got - expected).norm() / expected.norm()) < 1e-3
+
+
+@torch.no_grad()
+def test_a_balanced_term_starts_as_large_as_the_conditioning_it_joins(teacher: Teacher) -> None:
+    stock = teacher.pipeline.transformer.time_text_embed
+    pooled, null, s, t = torch.randn(64, 32), torch.randn(32), torch.linspace(1, 7, 64), torch.linspace(1000.0, 0.0, 64)
+    width = stock.text_embedder.linear_1.in_features
+    pooled, null = pooled[:, :width], null[:width]
+    embedded = [torch.full([64], 3500.0)] if hasattr(stock, "guidance_embedder") else []
+    temb = stock(t, *embedded, pooled)
+    sizes = measure_sizes(stock, pooled, null, s, embedded_guidance=3.5)
+    fusion = make_fusion("balanced", embedded_guidance=3.5, **sizes)
+    term = FusedConditioning(stock, fusion)(t, *embedded, pack(pooled, null, s)) - temb
+    assert float(term.norm() / temb.norm()) == pytest.approx(1.0, rel=1e-3)
 
 
 class Constant(torch.nn.Module):

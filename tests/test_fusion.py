@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from teefusion.fusion import FusedConditioning, Fusion, Variant, fuse, make_fusion, measure_sizes, pack
+from tests.by_hand import mlps, psi
 
 
 @pytest.fixture
@@ -21,16 +21,7 @@ def transformer(tiny_teacher: Path) -> Any:
 
 def by_hand(state: dict[str, Tensor], t: float, c: Tensor, null: Tensor, s: float, fusion: Fusion) -> Tensor:
     """Temb of one picture, in float64, from the weights alone."""
-    w = {name.removeprefix("time_text_embed."): value.double() for name, value in state.items()}
-
-    def psi(value: float) -> Tensor:
-        frequency = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
-        return torch.cat([torch.cos(value * frequency), torch.sin(value * frequency)])
-
-    def mlp(name: str, x: Tensor) -> Tensor:
-        hidden = w[f"{name}.linear_1.weight"] @ x + w[f"{name}.linear_1.bias"]
-        return w[f"{name}.linear_2.weight"] @ (hidden * torch.sigmoid(hidden)) + w[f"{name}.linear_2.bias"]
-
+    mlp = mlps({name.removeprefix("time_text_embed."): value for name, value in state.items()})
     scale = psi(fusion.frequency * (s - 1 if fusion.convention == "w" else s))
     direction = c.double() - null.double()
     time, text = mlp("timestep_embedder", psi(t)), mlp("text_embedder", c.double())

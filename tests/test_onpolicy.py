@@ -16,7 +16,7 @@ from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
 from teefusion.strategies import guide, make_strategy
-from teefusion.stream import States, StateStream, read_null
+from teefusion.stream import StateStream, read_null
 from teefusion.targets import generate_targets
 from teefusion.teachers import Teacher, load_teacher
 
@@ -73,4 +73,3 @@ def test_it_continues_anywhere_and_ranks_share_a_batch(made: tuple[OnPolicyStrea
     for k in range(3):
         both = torch.stack([halves[0][k], halves[1][k]], dim=1).flatten(0, 1)
         torch.testing.assert_close(both, whole[k])
-    assert isinstance(next(stream.batches(batch_size=4, seed=1)), States)

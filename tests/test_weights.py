@@ -84,8 +84,6 @@ def test_a_second_transformer_takes_its_leg_and_leaves_the_teacher_alone(
     )
     before = velocity(teacher, TEACHER)
     # The prompts are the teacher's: only the transformer is the other's.
-    expected = velocity(Teacher(teacher.pipeline, teacher.family, teacher.settings, "cpu"), TEACHER)
-    torch.testing.assert_close(before, expected)
     seconds = velocity(both, Weights("second"))
     assert not torch.allclose(seconds, before)
     swapped = Teacher(other.pipeline, other.family, other.settings, "cpu")
