@@ -3,9 +3,9 @@
     python benchmarks/method.py --workdir WORK --output docs/results [--rows REGEX] [--seeds 3] [--json]
 
 Writes OUTPUT/method.csv (a line a row and seed), method.md (means and standard errors over seeds) and method.png.
-A teacher's seed is its noise, a student's that of its training and of its noise. Seconds a picture are medians over
-batches on the machine at hand, with text encoding and decoding; compare them within one run only. What a row needs is
-kept in WORK and found again, so an interrupted run goes on.
+A teacher's seed is its noise, a student's that of its training and of its noise. What a row needs is kept in WORK and
+found again, so an interrupted run goes on. Seconds a picture, with text encoding and decoding, are taken last, all rows
+in turns and as many rounds as seeds, on every run anew: compare them within one run only, on a machine left alone.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ import math
 import re
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-SHARED = {
-    "strategy.guidance_min": 1.0,
-    "strategy.guidance_max": 7.0,
-    "targets.heldout_trajectories": 64,
-    "mlflow.experiment": "method",
-}
+SHARED = {"targets.heldout_trajectories": 64, "mlflow.experiment": "method"}
+_TIMED_PICTURES = 32
 W2SD, Z_SAMPLING = {"strategy.name": "w2sd"}, {"strategy.name": "z_sampling"}
 
 
@@ -60,7 +56,10 @@ class Result:
 
 
 def rows(num_steps: int, s: float) -> list[Row]:
-    """The table. Plain CFG comes at the reflective teachers' effective guidance and at their price, too."""
+    """The table. Plain CFG comes at the reflective teachers' effective guidance and at their price, too.
+
+    And W2SD at the scale whose effective guidance is plain CFG's: at s, it guides as CFG does at 2s - 1.
+    """
     price = 5 * num_steps - 3  # of both reflective teachers, whose weak leg needs one branch
     teachers = [
         Row("unguided", guidance=1.0),
@@ -70,15 +69,17 @@ def rows(num_steps: int, s: float) -> list[Row]:
         Row("cfg_at_nfe_of_reflection", num_steps=round(price / 2)),
         Row("z_sampling", Z_SAMPLING),
         Row("w2sd", W2SD),
+        Row("w2sd_at_guidance_of_cfg", W2SD, guidance=(s + 1) / 2),
     ]
     students = [
         Row("distill_cfg_of_cfg", {"fusion.variant": "distill_cfg"}, student=True),
         Row("teefusion_of_cfg", student=True),
         Row("teefusion_of_z_sampling", Z_SAMPLING, student=True),
         Row("teefusion_of_w2sd", W2SD, student=True),
+        Row("teefusion_of_w2sd_at_guidance_of_cfg", W2SD, guidance=(s + 1) / 2, student=True),
         *(
             Row(f"{variant}_of_cfg", {"fusion.variant": variant}, student=True)
-            for variant in ("paper", "published", "linear", "unmodulated")
+            for variant in ("balanced", "paper", "published", "linear", "unmodulated")
         ),
     ]
     few = [
@@ -89,11 +90,21 @@ def rows(num_steps: int, s: float) -> list[Row]:
     return teachers + students + few
 
 
-def measure(row: Row, seed: int, options: argparse.Namespace) -> Result:
-    """Make what the row needs, and draw and score its pictures."""
-    from teefusion.evaluation import choose_prompts, samplers, score_rows
+@dataclass
+class Made:
+    """What a row needs to draw, and what its student's training measured."""
+
+    sampler: Any
+    prompts: list[Any]
+    settings: Any
+    device: str
+    guidance_residual: float | None
+
+
+def make(row: Row, seed: int, options: argparse.Namespace) -> Made:
+    """Find or make targets and student, and load them."""
+    from teefusion.evaluation import choose_prompts, samplers
     from teefusion.prompts import load_prompt_set
-    from teefusion.scoring import load_scorer
     from teefusion.settings import load_settings
     from teefusion.sources import pin
     from teefusion.stages.ingest import ingest
@@ -117,45 +128,64 @@ def measure(row: Row, seed: int, options: argparse.Namespace) -> Result:
     if row.num_steps:
         values["evaluate.num_steps"] = row.num_steps
     settings = pin(load_settings(overrides=values | row.settings))
-    prompts = ingest(settings).output
+    prompts = Path(ingest(settings).output)
     residual = None
     if row.student:
-        made = train(settings, prompts, targets(settings, prompts).output)
-        residual, folder = made.details["guidance_residual"], Path(made.details["student"])
+        trained = train(settings, prompts, targets(settings, prompts).output)
+        residual, folder = trained.details["guidance_residual"], Path(trained.details["student"])
     teacher = with_weights(load_teacher(settings.teacher, device=settings.device), settings.strategy)
     dtype = teacher.pipeline.transformer.dtype
     student = load_student(folder, device=teacher.device, dtype=dtype) if row.student else teacher.pipeline
-    kind = "student" if row.student else "teacher"
-    sampler = samplers(settings, teacher, student)[kind]
+    sampler = samplers(settings, teacher, student)["student" if row.student else "teacher"]
     chosen = choose_prompts(load_prompt_set(prompts).heldout, settings.evaluate)
-    scorer = load_scorer(settings.evaluate.scorer, device=teacher.device)
+    return Made(sampler, chosen, settings, teacher.device, residual)
+
+
+def measure(row: Row, seed: int, options: argparse.Namespace) -> Result:
+    """Draw and score a row's pictures; its time is taken by ``take_time``."""
+    from teefusion.evaluation import score_rows
+    from teefusion.scoring import load_scorer
+
+    made = make(row, seed, options)
+    scorer = load_scorer(made.settings.evaluate.scorer, device=made.device)
     pictures = options.workdir / "rows" / f"{row.name}-{seed}"
-    scores = score_rows({kind: sampler}, scorer, chosen, settings.evaluate, pictures)[kind]
+    scores = score_rows({row.name: made.sampler}, scorer, made.prompts, made.settings.evaluate, pictures)[row.name]
     styles = {
-        style: statistics.fmean(score for score, prompt in zip(scores, chosen, strict=True) if prompt.style == style)
-        for style in {prompt.style for prompt in chosen}
+        style: statistics.fmean(
+            score for score, prompt in zip(scores, made.prompts, strict=True) if prompt.style == style
+        )
+        for style in {prompt.style for prompt in made.prompts}
     }
     return Result(
         row=row.name,
         seed=seed,
         score_overall=statistics.fmean(scores),
         **{f"score_{style.replace('-', '_')}": value for style, value in styles.items()},
-        nfe=sampler.nfe,
-        seconds_per_image=sampler.timing()["median"],
-        guidance_residual=residual,
+        nfe=made.sampler.nfe,
+        seconds_per_image=math.nan,
+        guidance_residual=made.guidance_residual,
     )
+
+
+def take_time(row: Row, seed: int, options: argparse.Namespace) -> float:
+    """Seconds a picture of one batch, after one that is not counted."""
+    made = make(row, seed, options)
+    made.sampler.warm_up(made.prompts[:8])
+    made.sampler(made.prompts[:_TIMED_PICTURES])
+    return float(made.sampler.seconds[0])
 
 
 def measured(row: Row, seed: int, options: argparse.Namespace) -> Result:
     """The measurement, taken or found. It is kept under what determines it."""
-    from teefusion.storage import content_key, read_json, write_json
+    from teefusion.files import content_key, read_json, write_json
 
-    asked = {name: value for name, value in vars(options).items() if name not in ("workdir", "output", "rows", "json")}
-    asked.pop("seeds")
+    where = ("workdir", "output", "rows", "seeds", "untimed", "json")
+    asked = {name: value for name, value in vars(options).items() if name not in where}
     file = options.workdir / "rows" / f"{content_key([asdict(row), seed, asked])}.json"
     if not file.exists():
-        write_json(file, asdict(measure(row, seed, options)))
-    return Result(**read_json(file))
+        values = asdict(measure(row, seed, options))
+        write_json(file, {name: value for name, value in values.items() if name != "seconds_per_image"})
+    return Result(**read_json(file), seconds_per_image=math.nan)
 
 
 def table(results: list[Result]) -> str:
@@ -217,6 +247,9 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=512, help="of a target set (default 512)")
     parser.add_argument("--steps", type=int, default=600, help="of training (default 600)")
     parser.add_argument("--prompts-per-style", type=int, default=80, help="default 80")
+    parser.add_argument(
+        "--untimed", action="store_true", help="make and score the rows, and leave the tables for later"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     chosen = [row for row in rows(options.num_steps, options.guidance_scale) if re.search(options.rows, row.name)]
@@ -226,7 +259,12 @@ def main() -> None:
 
     setup_logging()
     # Seed by seed, so that a run that is stopped early has whole tables.
-    results = [measured(row, seed, options) for seed in range(options.seeds) for row in chosen]
+    order = [(row, seed) for seed in range(options.seeds) for row in chosen]
+    results = [measured(row, seed, options) for row, seed in order]
+    if options.untimed:
+        return
+    seconds = [take_time(row, seed, options) for row, seed in order]
+    results = [replace(result, seconds_per_image=taken) for result, taken in zip(results, seconds, strict=True)]
     results.sort(key=lambda result: [row.name for row in chosen].index(result.row))
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "method.csv").open("w", newline="") as file:

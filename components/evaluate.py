@@ -22,5 +22,5 @@ def evaluate(
     result = run_stage("evaluate", settings, prompts=prompts, student=student)
     Path(evaluation).parent.mkdir(parents=True, exist_ok=True)
     Path(evaluation).write_text(str(result.output))
-    shutil.copyfile(result.output / "report.html", report.path)
+    shutil.copyfile(Path(result.output) / "report.html", report.path)
     return bool(result.details["gate"]["passed"])

@@ -14,13 +14,17 @@ log = logging.getLogger("teefusion")
 
 
 def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
-    """Run a stage on folders given as strings. An error of ours ends the task with its exit code and one message."""
+    """Run a stage on folders given as strings; targets may be a URI.
+
+    An error of ours ends the task with its exit code and one message.
+    """
     setup_logging(mark=STAGE_MARK)
     parsed = settings_from_json(settings)
     log.info("== %s", name)
     try:
         stage = getattr(import_module(f"teefusion.stages.{name}"), name)
-        result: StageResult = stage(parsed, **{key: Path(value) for key, value in inputs.items()})
+        given = {key: value if key == "targets" else Path(value) for key, value in inputs.items()}
+        result: StageResult = stage(parsed, **given)
     except TeEFusionError as error:
         Workspace(parsed).fail(name, str(error), error.exit_code)
         log.error("%s: %s", name, error)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from kfp import compiler
 
+from teefusion.files import write_bytes
 from teefusion.pipelines.distill import distill
 from teefusion.settings import Settings
-from teefusion.storage import write_bytes
 
 
 def compile_pipeline(settings: Settings, output: Path) -> None:

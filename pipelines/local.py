@@ -12,11 +12,11 @@ from typing import TextIO
 from kfp import local
 
 from teefusion.errors import PipelineError, UsageError
+from teefusion.files import read_json
 from teefusion.logs import STAGE_MARK
 from teefusion.pipelines.distill import distill
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
-from teefusion.storage import read_json
 from teefusion.tracking import check_server
 from teefusion.workspace import Workspace
 

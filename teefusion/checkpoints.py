@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from teefusion.errors import IntegrityError, StorageError
-from teefusion.storage import read_json, sha256_file, write_json
+from teefusion.files import read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from teefusion.settings import Settings
     from teefusion.workspace import StageResult
 
-# Options that stand for a setting: (flag, dotted key, type, help).
+
+# Flags that are called otherwise than their option, because two commands mean different settings by them.
+_FLAGS = {"target-batch-size": "batch-size"}
+# Options that stand for a setting: (dotted key, type, help) by name.
 _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "teacher": ("teacher.name", str, "Preset, diffusers folder or hub id of the teacher.  [default: shapes]"),
     "revision": ("teacher.revision", str, "Hub commit of the teacher, or digest of its folder."),
@@ -32,7 +35,10 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "guidance-min": ("strategy.guidance_min", float, "Smallest guidance scale taught (diffusers' s)."),
     "guidance-max": ("strategy.guidance_max", float, "Largest guidance scale taught (diffusers' s)."),
     "trajectories": ("targets.trajectories", int, "Teacher trajectories to store."),
-    "fusion": ("fusion.variant", str, "Fused term: balanced, paper, published, linear, unmodulated or distill_cfg."),
+    "storage": ("storage.uri", str, "Where target sets are kept: a folder or s3://bucket/prefix.  [default: workdir]"),
+    "target-batch-size": ("targets.batch_size", str, "Trajectories sampled together, or auto."),
+    "workers": ("targets.num_processes", int, "Target workers on this machine, one a GPU."),
+    "fusion": ("fusion.variant", str, "Fused term: affine, balanced, paper, published, ...  [default: affine]"),
     "student-steps": ("student.num_steps", int, "Steps the student samples in.  [default: the teacher's]"),
     "steps": ("train.steps", int, "Optimizer steps."),
     "batch-size": ("train.batch_size", int, "States an optimizer step, over all ranks."),
@@ -56,11 +62,13 @@ def cli() -> None:
     """
 
 
-def _command(*setting_options: str, pinned: bool = True) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
-    """A subcommand with the shared options and those of ``_SETTING_OPTIONS`` it names.
+def _command(
+    *setting_options: str, pinned: bool = True, parent: click.Group = cli, group: bool = False
+) -> Callable[[Callable[..., dict[str, Any]]], Any]:
+    """A subcommand with the shared options and those of ``_SETTING_OPTIONS`` it names; one with its own, as ``group``.
 
     The function gets settings, pinned unless it needs neither teacher nor prompts, and its own options. It returns
-    what ``--json`` prints; ``_text`` in it is what a person reads instead.
+    what ``--json`` prints; ``_text`` in it is what a person reads instead, ``_exit`` the exit code.
     """
 
     def decorate(function: Callable[..., dict[str, Any]]) -> click.Command:
@@ -68,21 +76,26 @@ def _command(*setting_options: str, pinned: bool = True) -> Callable[[Callable[.
         def invoke(
             config: Path | None, workdir: Path, sets: tuple[str, ...], as_json: bool, debug: bool, **options: Any
         ) -> None:
+            if click.get_current_context().invoked_subcommand:
+                return
             chosen = {name: options.pop(name.replace("-", "_")) for name in setting_options}
             with _report_errors(debug):
                 overrides = {_SETTING_OPTIONS[name][0]: value for name, value in chosen.items() if value is not None}
                 settings = _load(config, workdir, overrides | _parse_sets(sets), debug, pinned)
                 result = function(settings, **options)
-            text = result.pop("_text", None)
+            text, code = result.pop("_text", None), result.pop("_exit", 0)
             click.echo(json.dumps(result, ensure_ascii=False) if as_json else text or json.dumps(result, indent=2))
+            sys.exit(code)
 
         command: Any = invoke
         for name in reversed(setting_options):
             _, kind, text = _SETTING_OPTIONS[name]
-            command = click.option(f"--{name}", type=kind, default=None, help=text)(command)
+            name_ = name.replace("-", "_")
+            command = click.option(f"--{_FLAGS.get(name, name)}", name_, type=kind, default=None, help=text)(command)
         for option in reversed(_SHARED):
             command = option(command)
-        return cli.command(name=function.__name__.rstrip("_"))(command)
+        name = function.__name__.rstrip("_")
+        return parent.group(name=name, invoke_without_command=True)(command) if group else parent.command(name)(command)
 
     return decorate
 
@@ -102,7 +115,11 @@ _SHARED = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
     click.option("--debug", is_flag=True, help="Tracebacks, and the libraries' own logs."),
 )
-_TEACHER = ("teacher", "revision", "prompts", "strategy", "num-steps", "guidance-min", "guidance-max", "trajectories")
+_TEACHER = (
+    *("teacher", "revision", "prompts", "strategy", "num-steps", "guidance-min", "guidance-max", "trajectories"),
+    "storage",
+)
+_TARGETS = (*_TEACHER, "target-batch-size", "workers", "device")
 _TRAIN = ("fusion", "student-steps", "steps", "batch-size", "learning-rate", "processes")
 _EVALUATE = ("guidance-scale", "scorer")
 _REGISTRY = ("model-name", "tracking-uri")
@@ -126,12 +143,35 @@ def ingest(settings: Settings) -> dict[str, Any]:
     return _shown(stage(settings))
 
 
-@_command(*_TEACHER, "device")
+@_command(*_TARGETS, group=True)
 def targets(settings: Settings) -> dict[str, Any]:
-    """Sample the teacher's trajectories and store states and velocities; continues where it stopped."""
+    """Sample the teacher's trajectories and store states and velocities.
+
+    Continues where it stopped. Any number of machines may do so at once, each by this command with the same settings
+    and a --storage that all of them reach.
+    """
     from teefusion.stages.targets import targets as stage
 
     return _shown(stage(settings, _prompts(settings)))
+
+
+@_command(*_TARGETS, parent=targets)
+@click.argument("uri", required=False)
+@click.option("--repair", is_flag=True, help="Make anew what is bad, from these settings.")
+def verify(settings: Settings, uri: str | None, repair: bool) -> dict[str, Any]:
+    """Check every file of a target set against its manifest, and name what is bad.
+
+    The set is the folder or s3:// URI given, else that of these settings. Exit code 1 where something bad is left.
+    """
+    from teefusion.stages.targets import target_uri, verify_targets
+
+    prompts = _prompts(settings)
+    result = verify_targets(settings, uri or target_uri(settings, prompts), prompts if repair else None)
+    lines = [f"{name}: {why}" for name, why in result["bad"].items()]
+    last = f"{result['files']} files, {result['bytes']:,} bytes: " + (
+        "all good" if not lines else f"{len(lines)} bad{', made anew' if repair else ''}"
+    )
+    return result | {"_text": "\n".join([*lines, last]), "_exit": int(bool(lines) and not repair)}
 
 
 @_command(*_TEACHER, *_TRAIN, "tracking-uri", "device")
@@ -154,7 +194,7 @@ def evaluate(settings: Settings, student: Path | None) -> dict[str, Any]:
 
     prompts = _prompts(settings)
     result = stage(settings, prompts, student or _student(settings, prompts))
-    return _shown(result) | {"report": str(result.output / "report.html")}
+    return _shown(result) | {"report": str(Path(result.output) / "report.html")}
 
 
 @_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
@@ -279,14 +319,13 @@ def _prompts(settings: Settings) -> Path:
     """The prompt set, made if it is not there: it costs next to nothing."""
     from teefusion.stages.ingest import ingest as stage
 
-    return stage(settings).output
+    return Path(stage(settings).output)
 
 
-def _targets(settings: Settings, prompts: Path) -> Path:
-    from teefusion.stages.targets import target_folder
-    from teefusion.workspace import require
+def _targets(settings: Settings, prompts: Path) -> str:
+    from teefusion.stages.targets import require_targets
 
-    return require(target_folder(settings, prompts), command="teefusion targets", what="target set")
+    return require_targets(settings, prompts)
 
 
 def _student(settings: Settings, prompts: Path) -> Path:

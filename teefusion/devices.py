@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,14 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {name!r} is not usable on this machine: {error}. Try --set device=cpu.") from error
     return str(device)
+
+
+def local_device(name: str) -> str:
+    """``resolve_device``, where ``auto`` and ``cuda`` are this rank's own GPU under torchrun."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{rank}"
+    return resolve_device(name)
 
 
 @contextlib.contextmanager

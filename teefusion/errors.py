@@ -6,7 +6,8 @@
     │   ├── PromptError         a prompt source cannot be read or holds no usable prompt
     │   ├── TeacherError        the teacher is unknown, unreadable or of no supported family
     │   └── StudentError        a folder is not a student this version can load
-    ├── StorageError            reading or writing files failed (disk full, permission)
+    ├── StorageError            reading or writing failed (disk full, permission, no answer)
+    │   └── NotFoundError       there is no such file or object
     ├── IntegrityError          stored data is not what its manifest says; never used
     ├── ScorerError             a scorer could not be loaded, or an image could not be scored
     ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
@@ -46,7 +47,11 @@ class StudentError(UsageError):
 
 
 class StorageError(TeEFusionError):
-    """Reading or writing files failed."""
+    """Reading or writing failed."""
+
+
+class NotFoundError(StorageError):
+    """There is no such file or object."""
 
 
 class IntegrityError(TeEFusionError):

@@ -18,13 +18,13 @@ import torch
 from PIL.Image import Image
 
 from teefusion.errors import PromptError
+from teefusion.files import write_bytes
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt
 from teefusion.sampling import sample
 from teefusion.scoring import Scorer
 from teefusion.settings import EvaluateSettings, Settings
-from teefusion.storage import write_bytes
 from teefusion.strategies import TEACHER, make_strategy
 from teefusion.teachers import Teacher
 

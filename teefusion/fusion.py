@@ -4,6 +4,10 @@ TeEFusion (ICCV 2025, arXiv 2507.18192) replaces the stock conditioning ``G(psi(
 
     temb = G(psi(t)) + F(c) + G(psi(frequency * g)) * F(c - null) / divisor
 
+and this project's default, ``affine``, by a term in which the scale is a factor, as it is in guidance itself:
+
+    temb = G(psi(t)) + F(c) + (s - 1) * G(psi(t + 5000)) / divisor
+
 with ``psi`` the sinusoid, ``G`` the timestep MLP, ``F`` the pooled-text MLP, ``c`` and ``null`` the pooled embeddings
 of the prompt and of the empty prompt, ``g`` the guidance. All of ``G`` and ``F`` is the teacher's: no new parameter.
 The other variants are the paper's ablations, and DistillCFG, its baseline with a guidance MLP of its own.
@@ -20,8 +24,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-Variant = Literal["published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"]
+Variant = Literal["affine", "published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"]
 Convention = Literal["s", "w"]
+_BEYOND = 5000.0  # timesteps end at 1000; G is the guidance's from here on, and is not pulled two ways by one input
 SCALE_EMBEDDER = "scale_embedder"
 """The one module that a variant adds: DistillCFG's MLP, in ``time_text_embed``."""
 
@@ -58,18 +63,22 @@ def make_fusion(
     temb_rms: float = 1.0,
     embedded_guidance: float = 1.0,
 ) -> Fusion:
-    """Constants of a variant. The two sizes, measured on the teacher, are used by ``balanced`` alone.
+    """Constants of a variant. The two sizes, measured on the teacher, are used by ``affine`` and ``balanced`` alone.
 
+    affine       the term is G at a timestep beyond all others, times s - 1: at s = 1 the student starts as the teacher,
+                 and past the range it was taught it goes on in the same direction; sized as ``balanced``. Of all
+                 terms without parameters that were tried it learns best (docs/method.md)
     published    x1000 and /256, the factors of the authors' released pipeline, which their formula does not show
     paper        the formula as printed, with no divisor
-    balanced     divided so that the term starts as large as the conditioning it is added to, in teachers of any size:
-                 /256 starves a small teacher of the signal (docs/method.md)
+    balanced     the printed formula, divided so that the term starts as large as the conditioning it is added to, in
+                 teachers of any size: /256 starves a small teacher of the signal (docs/method.md)
     linear       the paper's ablation without the sinusoid: ``F(c + w (c - null))`` in place of ``F(c)``
     unmodulated  the paper's ablation without the scale: the term is ``F(c - null)`` alone
     distill_cfg  the baseline of Meng et al. (arXiv 2210.03142): the term is an MLP of psi(frequency * g), added
                  parameters whose last layer starts at zero
     """
-    divisor = {"published": 256.0, "balanced": term_rms / temb_rms}.get(variant, 1.0)
+    sized = term_rms / temb_rms
+    divisor = {"published": 256.0, "balanced": sized, "affine": sized}.get(variant, 1.0)
     return Fusion(variant=variant, convention=convention, divisor=divisor, embedded_guidance=embedded_guidance)
 
 
@@ -129,14 +138,16 @@ class FusedConditioning(nn.Module):
             embedded_B = torch.full_like(guidance_B1[:, 0], self.fusion.embedded_guidance * 1000.0)
             temb_BD = temb_BD + self._time(embedded_B, self.guidance_embedder).float()
         if self.fusion.variant != "linear":
-            temb_BD = temb_BD + self._term(direction_BP, guidance_B1[:, 0])
+            temb_BD = temb_BD + self._term(timestep, direction_BP, guidance_B1[:, 0])
         return temb_BD.to(time_BD.dtype)
 
-    def _term(self, direction_BP: Tensor, s_B: Tensor) -> Tensor:
+    def _term(self, timestep: Tensor, direction_BP: Tensor, s_B: Tensor) -> Tensor:
         """What is added to the stock conditioning [B, D], float32."""
         fusion = self.fusion
         if fusion.variant == "unmodulated":
             return self._text(direction_BP).float() / fusion.divisor
+        if fusion.variant == "affine":
+            return (s_B - 1.0)[:, None] * self._time(timestep.float() + _BEYOND).float() / fusion.divisor
         g_B = s_B - 1.0 if fusion.convention == "w" else s_B
         g_B = (g_B.bfloat16() * fusion.frequency).float() if fusion.rounded else g_B * fusion.frequency
         if self.scale_embedder is not None:
@@ -167,17 +178,19 @@ def measure_sizes(
     null_P: Tensor,
     guidance_B: Tensor,
     *,
+    variant: Variant = "paper",
     convention: Convention = "s",
     embedded_guidance: float = 1.0,
 ) -> dict[str, float]:
-    """Root mean squares of the undivided fused term and of the conditioning it joins, over the given prompts.
+    """Root mean squares of the variant's undivided fused term and of the conditioning it joins, over the given prompts.
 
     Returns ``term_rms`` and ``temb_rms`` for ``make_fusion``. Timesteps run evenly over 1000..0.
     """
-    fusion = make_fusion("paper", convention=convention, embedded_guidance=embedded_guidance)
+    shape: Variant = "affine" if variant == "affine" else "paper"  # the two that are measured
+    fusion = make_fusion(shape, convention=convention, embedded_guidance=embedded_guidance)
     probe = FusedConditioning(stock, fusion)
     timestep_B = torch.linspace(1000.0, 0.0, pooled_BP.shape[0], device=pooled_BP.device)
-    term_BD = probe._term(pooled_BP - null_P, guidance_B)
+    term_BD = probe._term(timestep_B, pooled_BP - null_P, guidance_B)
     fused_BD = probe(timestep_B, pack(pooled_BP, null_P, guidance_B)).float()
     return {"term_rms": _rms(term_BD), "temb_rms": _rms(fused_BD - term_BD)}
 

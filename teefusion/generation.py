@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from teefusion.devices import resolve_device
+from teefusion.files import write_bytes
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
-from teefusion.storage import write_bytes
 from teefusion.students import load_student
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Run the training stage here, or under torchrun when it takes more ranks."""
+"""Run a stage's work here, or under torchrun where it takes more processes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from teefusion.errors import TrainingError
+from teefusion.errors import TeEFusionError, TrainingError
+from teefusion.files import read_json, write_bytes
 from teefusion.settings import Settings
-from teefusion.storage import read_json, write_bytes
 
 
-def run_training(settings: Settings, *, prompts: Path, targets: Path, output: Path) -> dict[str, Any]:
+def run_training(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
     """Train and return the record; with one process in this one, else under ``torchrun --standalone``.
 
     Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code.
@@ -22,14 +22,39 @@ def run_training(settings: Settings, *, prompts: Path, targets: Path, output: Pa
         from teefusion.training import train
 
         return train(settings, prompts=prompts, targets=targets, output=output)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "settings.json"
-        write_bytes(file, settings.to_json().encode())
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={settings.train.num_processes}", "-m", "teefusion.training"]
-        command += [f"--settings={file}", f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
-        code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
+    arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
+    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments)
     if code:
         raise TrainingError(f"Training under torchrun ended with exit code {code}; the reason is above.")
     record: dict[str, Any] = read_json(output / "training.json")
     return record
+
+
+def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
+    """Make a target set; with one worker in this process, else under ``torchrun --standalone``.
+
+    Raises what ``target_sets.generate_tracked`` raises; from torchrun, TeEFusionError naming the exit code.
+    """
+    if settings.targets.num_processes == 1:
+        from teefusion.prompts import load_prompt_set
+        from teefusion.storage import open_store
+        from teefusion.target_sets import generate_tracked
+
+        generate_tracked(settings, load_prompt_set(prompts), open_store(output, settings.storage))
+        return
+    arguments = [f"--prompts={prompts}", f"--output={output}"]
+    code = _torchrun(settings, settings.targets.num_processes, "teefusion.target_sets", arguments)
+    if code:
+        raise TeEFusionError(
+            f"Making targets under torchrun ended with exit code {code}; the reason is above. Finished shards are kept."
+        )
+
+
+def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str]) -> int:
+    """The exit code. What the ranks print goes to standard error: standard output is the command's result."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.json"
+        write_bytes(file, settings.to_json().encode())
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", module, f"--settings={file}", *arguments]
+        return subprocess.run(command, check=False, stdout=sys.stderr).returncode

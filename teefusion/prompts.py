@@ -30,7 +30,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from teefusion.errors import IntegrityError, PromptError, StorageError
-from teefusion.storage import (
+from teefusion.files import (
     canonical_json,
     content_key,
     read_json,

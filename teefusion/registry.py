@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teefusion.errors import TrackingError
+from teefusion.files import sha256_folder
 from teefusion.settings import Settings
-from teefusion.storage import sha256_folder
 from teefusion.tracking import Tracker, connect, tracking_uri
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from teefusion.errors import ScorerError
+from teefusion.files import sha256_folder
 from teefusion.shapes import SCORER_DIR
-from teefusion.storage import sha256_folder
 
 log = logging.getLogger(__name__)
 

@@ -13,18 +13,22 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from teefusion.errors import SettingsError, TeacherError
-from teefusion.storage import canonical_json, content_key
+from teefusion.files import canonical_json, content_key
 
 ENV_PREFIX = "TEEFUSION_"
 # Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the progress terminal.
-_OTHER_VARIABLES = frozenset({"TEEFUSION_IMAGE", "TEEFUSION_PROGRESS_TTY"})
+# Nor are secrets: S3's credentials are read where a client is made (teefusion/storage.py).
+_OTHER_VARIABLES = frozenset(
+    {"TEEFUSION_IMAGE", "TEEFUSION_PROGRESS_TTY"}
+    | {f"TEEFUSION_S3_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Inverse = Literal["aligned", "official", "picard"]
@@ -191,8 +195,9 @@ class TargetSettings(_Section):
     """K, the steps kept of each trajectory's N, drawn without replacement."""
     shard_trajectories: int = Field(default=64, gt=0)
     """Trajectories a shard: what an interruption costs at most."""
-    batch_size: int = Field(default=64, gt=0)
-    """Trajectories sampled together. Part of the content: the batch shape changes the last bits of the arithmetic."""
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 64
+    """Trajectories sampled together; `auto` is as many as the device has memory for, a shard at most, found by the
+    first worker. Part of the content: the batch shape changes the last bits of the arithmetic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored states and velocities; computed in float32 whatever this says."""
     seed: int = Field(default=0, ge=0)
@@ -202,17 +207,22 @@ class TargetSettings(_Section):
     states; none is the teacher's own trajectories."""
     images_sha256: str | None = None
     """Digest of that folder; filled in when the run starts."""
+    compile: bool = False
+    """Whether the transformer is compiled (torch.compile): minutes at the start, faster forwards after."""
+    num_processes: int = Field(default=1, gt=0)
+    """Workers on this machine, one a GPU; above 1 they run under torchrun. Workers on other machines may join."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"images"})
+    operational: ClassVar[frozenset[str]] = frozenset({"images", "num_processes"})
 
 
 class FusionSettings(_Section):
     """The term added to the conditioning vector (see `teefusion.fusion`)."""
 
-    variant: Literal["published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"] = "balanced"
-    """`published`: x1000 and /256 as in the released student. `paper`: the printed formula, s x1000 and no divisor.
-    `balanced`: divided so that the term starts as large as the conditioning it joins. `linear`, `unmodulated`: the
-    paper's ablations. `distill_cfg`: a guidance MLP, the baseline that adds parameters."""
+    variant: Literal["affine", "published", "paper", "balanced", "linear", "unmodulated", "distill_cfg"] = "affine"
+    """`affine`: grows with s - 1, and starts as large as the conditioning it joins. `published`: x1000 and /256 as in
+    the released student. `paper`: the printed formula, s x1000 and no divisor. `balanced`: that formula, divided so
+    that it starts as large as the conditioning. `linear`, `unmodulated`: the paper's ablations. `distill_cfg`: a
+    guidance MLP, the baseline that adds parameters."""
     convention: Literal["s", "w"] = "s"
     """What the term is made of: diffusers' scale s, or the paper's strength w = s - 1."""
 
@@ -251,6 +261,8 @@ class TrainSettings(_Section):
     states: Literal["stored", "student"] = "stored"
     """`stored`: those of the target set. `student`: those that the student itself reaches from noise, with the teacher
     asked while training; its prompts and guidance scales are the target set's."""
+    shuffle_mb: int = Field(default=1024, gt=0)
+    """Stored states (MiB) a rank holds and shuffles together; as much again is read ahead."""
     loss_weighting: Literal["none", "guidance"] = "none"
     """`guidance` divides each sample's error by its mean squared guidance gap, so small scales count as large ones."""
     log_every: int = Field(default=10, gt=0)
@@ -335,6 +347,32 @@ class MlflowSettings(_Section):
     operational: ClassVar[frozenset[str]] = frozenset({"tracking_uri", "experiment", "timeout_s"})
 
 
+class StorageSettings(_Section):
+    """Where target sets are kept, and how S3 is spoken to. Credentials come from the environment, never from here."""
+
+    uri: str | None = None
+    """A folder, `file:///folder` or `s3://bucket/prefix`; none is the workdir."""
+    endpoint_url: str | None = None
+    """S3 server, as `https://host:port`; none is AWS."""
+    region: str | None = None
+    """None is what boto3 finds."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """`path` is what most servers other than AWS need."""
+    max_attempts: int = Field(default=10, gt=0)
+    """Of a request, with growing pauses between them."""
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    multipart_mb: int = Field(default=64, ge=5, le=5000)
+    """Larger objects travel in parts of this size (MiB)."""
+    cache_gb: float = Field(default=50.0, gt=0)
+    """Disk in the workdir (GiB) for shards read from S3; the ones read longest ago make room."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"uri", "endpoint_url", "region", "addressing_style", "max_attempts", "connect_timeout_s", "read_timeout_s"}
+        | {"multipart_mb", "cache_gb"}
+    )
+
+
 class Settings(BaseSettings):
     """One run, completely described."""
 
@@ -360,6 +398,7 @@ class Settings(BaseSettings):
     evaluate: EvaluateSettings = EvaluateSettings()
     gate: GateSettings = GateSettings()
     mlflow: MlflowSettings = MlflowSettings()
+    storage: StorageSettings = StorageSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -1,9 +1,10 @@
 """The format of stored targets: safetensors shards, prompt embeddings stored once a prompt, one manifest.
 
-    <folder>/manifest.json                         written last; a folder without one is not a target set
-    <folder>/states/{train,heldout}-00000.safetensors      rows of states
-    <folder>/embeddings/{train,heldout}-00000.safetensors  tokens and pooled text of a block of prompts
-    <folder>/embeddings/null.safetensors                   the empty prompt's
+    <set>/manifest.json                         written last; a folder or prefix without one is not a target set
+    <set>/plan.json                             what the set will be; written first
+    <set>/states/{train,heldout}-00000.safetensors      rows of states
+    <set>/embeddings/{train,heldout}-00000.safetensors  tokens and pooled text of a block of prompts
+    <set>/embeddings/null.safetensors                   the empty prompt's
 
 A row is one state of one trajectory: ``x`` and ``velocity`` [C, H, W], ``sigma``, ``step``, ``guidance`` (s),
 ``guidance_gap`` (mean squared difference of the target and the conditional velocity), ``trajectory`` and ``prompt``
@@ -13,66 +14,112 @@ without a fitting record is not trusted.
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+import json
+import math
+import warnings
 
+import torch
 from pydantic import ValidationError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from teefusion.errors import IntegrityError
+from teefusion.errors import IntegrityError, NotFoundError
+from teefusion.files import json_bytes
 from teefusion.manifests import FileRecord
-from teefusion.storage import read_json, sha256_file, storage_error, write_bytes, write_json
+from teefusion.storage import Reader, Store
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+_ADVICE = "Run 'teefusion targets verify --repair' with the settings that made it: it makes the bad files anew."
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor], *, forwards: int = 0) -> FileRecord:
+def write_tensors(store: Store, name: str, tensors: dict[str, Tensor], *, forwards: int = 0) -> FileRecord:
     """Publish a file and then its record. Raises StorageError."""
-    path = folder / f"{name}.safetensors"
     data = save_tensors({key: value.contiguous() for key, value in tensors.items()})
-    write_bytes(path, data)
-    rows = len(next(iter(tensors.values())))
-    record = FileRecord(name=name, rows=rows, bytes=len(data), sha256=sha256_file(path), forwards=forwards)
-    write_json(_record_path(folder, name), record.model_dump())
+    store.write(tensor_file(name), data)
+    record = FileRecord(
+        name=name,
+        rows=len(next(iter(tensors.values()))),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        forwards=forwards,
+    )
+    store.write(record_file(name), json_bytes(record.model_dump()))
     return record
 
 
-def finished(folder: Path, name: str) -> FileRecord | None:
-    """The record of a file that an earlier run published whole, or none: then write it again."""
-    path = _record_path(folder, name)
-    if not path.exists():
-        return None
+def finished(store: Store, name: str) -> FileRecord | None:
+    """The record of a file that was published whole, or none: then write it again.
+
+    The file's size is compared, its content is not: every reader does that, and ``teefusion targets verify``.
+    """
     try:
-        record = FileRecord.model_validate(read_json(path))
-        check_file(folder, record)
-    except (IntegrityError, ValidationError):
+        record = FileRecord.model_validate(json.loads(store.read(record_file(name))))
+    except (NotFoundError, ValueError, ValidationError):
         return None
-    return record
+    return record if record.name == name and store.size(tensor_file(name)) == record.bytes else None
 
 
-def check_file(folder: Path, record: FileRecord) -> bytes:
+def read_verified(store: Reader, record: FileRecord) -> bytes:
     """The file's bytes, once size and sha256 are what the record says. Raises IntegrityError otherwise."""
-    path = folder / f"{record.name}.safetensors"
-    advice = f"Run the targets stage again: it makes the bad files anew ('rm {path}' first if this repeats)."
-    if not path.exists():
-        raise IntegrityError(f"{path} is missing. {advice}")
+    file = tensor_file(record.name)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise storage_error(error, path, "read") from error
-    if len(data) != record.bytes:
-        raise IntegrityError(f"{path} has {len(data)} bytes, the manifest says {record.bytes}. {advice}")
-    digest = sha256_file(path)
-    if digest != record.sha256:
-        raise IntegrityError(
-            f"{path} is corrupt: sha256 {digest[:12]}, the manifest says {record.sha256[:12]}. {advice}"
-        )
+        data = store.read(file)
+        damage = _damage(data, record)
+        if damage and store.forget(file):  # only a copy was damaged, it may be
+            data = store.read(file)
+            damage = _damage(data, record)
+    except NotFoundError as error:
+        raise IntegrityError(f"{store.where(file)} is missing. {_ADVICE}") from error
+    if damage:
+        raise IntegrityError(f"{store.where(file)} {damage}. {_ADVICE}")
     return data
 
 
-def read_tensors(folder: Path, record: FileRecord) -> dict[str, Tensor]:
-    """A file's tensors, verified first. Raises IntegrityError."""
-    return load_tensors(check_file(folder, record))
+def read_tensors(store: Reader, record: FileRecord) -> dict[str, Tensor]:
+    """A file's tensors, verified first; not to be written to. Raises IntegrityError."""
+    return _view(read_verified(store, record))
 
 
-def _record_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.json"
+def _view(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as views of its bytes.
+
+    safetensors' own ``load`` copies them, which takes as long as reading or hashing them does (benchmarks/shards.py).
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        start, count = 8 + length + entry["data_offsets"][0], math.prod(entry["shape"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the bytes are read-only
+            flat = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]], count=count, offset=start)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def _damage(data: bytes, record: FileRecord) -> str:
+    """What is wrong with a file's content, empty where nothing is."""
+    if len(data) != record.bytes:
+        return f"has {len(data)} bytes, the manifest says {record.bytes}"
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record.sha256:
+        return f"is corrupt: sha256 {digest[:12]}, the manifest says {record.sha256[:12]}"
+    return ""
+
+
+def tensor_file(name: str) -> str:
+    """Name of the object that holds the tensors."""
+    return f"{name}.safetensors"
+
+
+def record_file(name: str) -> str:
+    """Name of the object that holds their record."""
+    return f"{name}.json"

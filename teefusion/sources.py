@@ -6,9 +6,9 @@ from pathlib import Path
 
 from teefusion import shapes
 from teefusion.errors import TeacherError
+from teefusion.files import sha256_file, sha256_folder
 from teefusion.prompts import source_digest
 from teefusion.settings import Settings, TeacherSettings, WeightsSource
-from teefusion.storage import sha256_file, sha256_folder
 
 _BUNDLED_TEACHER = "bundled:shapes"
 

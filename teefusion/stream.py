@@ -2,7 +2,8 @@
 
 The order is a function of (seed, step) alone: an epoch permutes the shards, takes them a window at a time, and
 permutes the rows of a window. Every rank reads the same order and takes its own rows of each global batch, so a run
-that stops and starts again, with any number of ranks, sees every state exactly as it would have.
+that stops and starts again, with any number of ranks, sees every state exactly as it would have. While a window is
+used, the next one is read and verified by threads; memory holds these two, however large the set.
 
 Axes: B = states in a batch, C, H, W = latent channels and size, T = text tokens, E, P = token and pooled width.
 """
@@ -10,10 +11,11 @@ Axes: B = states in a batch, C, H, W = latent channels and size, T = text tokens
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from itertools import count, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +24,19 @@ from teefusion.errors import TrainingError
 from teefusion.families import TextEmbeddings
 from teefusion.manifests import FileRecord, Manifest, Split, SplitRecord
 from teefusion.shards import read_tensors
+from teefusion.storage import Reader
 from teefusion.strategies import sub_grid
 
-WINDOW_SHARDS = 16
+SHUFFLE_MB = 1024
+_READERS = 4
 _CACHED_BLOCKS = 64
+
+Rows = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class States:
-    """A batch of targets, float32, with the text of each row."""
+    """A batch of targets with the text of each row; tensors of the stored types, until ``to`` makes them float32."""
 
     x_BCHW: Tensor
     velocity_BCHW: Tensor
@@ -43,15 +49,23 @@ class States:
         return len(self.sigma_B)
 
     def to(self, device: str | torch.device) -> States:
-        """The same batch on another device."""
+        """The same batch on a device, in float32 there: it travels as small as it was stored."""
         return States(
-            self.x_BCHW.to(device),
-            self.velocity_BCHW.to(device),
+            self.x_BCHW.to(device).float(),
+            self.velocity_BCHW.to(device).float(),
             self.sigma_B.to(device),
             self.guidance_B.to(device),
             self.gap_B.to(device),
             TextEmbeddings(self.text.tokens_BTE.to(device), self.text.pooled_BP.to(device)),
         )
+
+
+class _Window(NamedTuple):
+    """Shards held together, and the order in which their rows are given."""
+
+    records: Sequence[FileRecord]
+    order: Sequence[int]
+    opens_epoch: bool
 
 
 class StateStream:
@@ -61,9 +75,19 @@ class StateStream:
     one, and the velocity is the one that takes it to the next (see ``join_steps``).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split, student_steps: int | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        store: Reader,
+        manifest: Manifest,
+        split: Split,
+        student_steps: int | None = None,
+        *,
+        shuffle_mb: int = SHUFFLE_MB,
+    ) -> None:
+        self.store = store
         self.split: SplitRecord = getattr(manifest, split)
+        largest = max(record.bytes for record in self.split.states)
+        self._window_shards = max(1, shuffle_mb * 2**20 // largest)
         self._sigmas = torch.tensor(manifest.sigmas)
         self._steps = len(manifest.sigmas) - 1
         self._grid = sub_grid(self._steps, student_steps) if student_steps not in (None, self._steps) else None
@@ -79,56 +103,71 @@ class StateStream:
         per_epoch = rows // batch_size
         if per_epoch == 0:
             raise TrainingError(
-                f"train.batch_size is {batch_size}, but {self.folder} holds {rows} training states. Lower "
+                f"train.batch_size is {batch_size}, but {self.store.uri} holds {rows} training states. Lower "
                 "train.batch_size, or raise targets.trajectories or targets.states_per_trajectory."
             )
         epoch, skip = divmod(start, per_epoch)
-        while True:
-            yield from self._epoch(epoch, skip, per_epoch, batch_size, seed, slice(rank, None, ranks))
-            epoch, skip = epoch + 1, 0
+        pending: list[tuple[Rows, int]] = []
+        for window, shards in self._read_ahead(self._windows(seed, epoch, skip * batch_size)):
+            if window.opens_epoch:
+                pending = []
+            members = [(shard, k) for shard in shards for k in range(_length(shard))]
+            pending += [members[k] for k in window.order]
+            while len(pending) >= batch_size:
+                yield self._states(_gather(pending[:batch_size][rank::ranks]))
+                pending = pending[batch_size:]
 
     def in_order(self, *, batch_size: int) -> Iterator[States]:
         """Every state once, in stored order; the last batch may be smaller."""
-        for record in self.split.states:
-            rows = self._read(record)
+        windows = (_Window([record], [], opens_epoch=False) for record in self.split.states)
+        for _, (rows,) in self._read_ahead(windows):
             for part in torch.arange(_length(rows)).split(batch_size):
                 yield self._states({name: value[part] for name, value in rows.items()})
 
-    def _epoch(self, epoch: int, skip: int, count: int, batch_size: int, seed: int, share: slice) -> Iterator[States]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        shards = torch.randperm(len(self.split.states), generator=generator).tolist()
-        rows: dict[str, Tensor] = {}
-        position, first, given = 0, skip * batch_size, 0  # rows before `first` were seen before the interruption
-        for at in range(0, len(shards), WINDOW_SHARDS):
-            records = [self.split.states[k] for k in shards[at : at + WINDOW_SHARDS]]
-            size = sum(map(self._rows, records))
-            order = torch.randperm(size, generator=generator)  # drawn for skipped windows too, so the order holds
-            kept = order[max(first - position, 0) :]
-            position += size
-            if len(kept):
-                rows = _append(rows, self._window(records, kept))
-            while _length(rows) >= batch_size and skip + given < count:
-                batch = {name: value[:batch_size][share] for name, value in rows.items()}
-                rows = {name: value[batch_size:] for name, value in rows.items()}
-                given += 1
-                yield self._states(batch)
+    def _windows(self, seed: int, epoch: int, first: int) -> Iterator[_Window]:
+        """Windows of this epoch and all after it; of this one without its first rows, seen before an interruption."""
+        for number in count(epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            shards = torch.randperm(len(self.split.states), generator=generator).tolist()
+            position, opens = 0, True
+            for at in range(0, len(shards), self._window_shards):
+                records = [self.split.states[k] for k in shards[at : at + self._window_shards]]
+                size = sum(map(self._rows, records))
+                order = torch.randperm(size, generator=generator).tolist()  # of skipped windows too: the order holds
+                kept = order[max(first - position, 0) :]
+                position += size
+                if kept:
+                    yield _Window(records, kept, opens)
+                    opens = False
+            first = 0
 
-    def _window(self, records: list[FileRecord], order: Tensor) -> dict[str, Tensor]:
-        parts = [self._read(record) for record in records]
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+    def _read_ahead(self, windows: Iterable[_Window]) -> Iterator[tuple[_Window, list[Rows]]]:
+        """Each window with its shards, read and verified while the one before is in use."""
+        readers = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
+        try:
+            before: tuple[_Window, list[Future[Rows]]] | None = None
+            for window in windows:
+                coming = [readers.submit(self._read, record) for record in window.records]
+                if before is not None:
+                    yield before[0], [future.result() for future in before[1]]
+                before = window, coming
+            if before is not None:
+                yield before[0], [future.result() for future in before[1]]
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
 
     def _rows(self, record: FileRecord) -> int:
         """How many states a file gives."""
         return record.rows if self._grid is None else record.rows // self._steps * (len(self._grid) - 1)
 
     def _read(self, record: FileRecord) -> dict[str, Tensor]:
-        rows = read_tensors(self.folder, record)
+        rows = read_tensors(self.store, record)
         return rows if self._grid is None else join_steps(rows, self._sigmas, self._grid)
 
     def _states(self, rows: dict[str, Tensor]) -> States:
         return States(
-            x_BCHW=rows["x"].float(),
-            velocity_BCHW=rows["velocity"].float(),
+            x_BCHW=rows["x"],
+            velocity_BCHW=rows["velocity"],
             sigma_B=rows["sigma"],
             guidance_B=rows["guidance"],
             gap_B=rows["guidance_gap"],
@@ -146,7 +185,7 @@ class StateStream:
     def _block(self, index: int) -> dict[str, Tensor]:
         """A block of prompt embeddings, from memory while it is in use."""
         if index not in self._blocks:
-            self._blocks[index] = read_tensors(self.folder, self.split.embeddings[index])
+            self._blocks[index] = read_tensors(self.store, self.split.embeddings[index])
             if len(self._blocks) > _CACHED_BLOCKS:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(index)
@@ -176,15 +215,16 @@ def join_steps(rows: dict[str, Tensor], sigmas: Tensor, grid: Sequence[int]) -> 
     return joined
 
 
-def read_null(folder: Path, manifest: Manifest) -> TextEmbeddings:
+def read_null(store: Reader, manifest: Manifest) -> TextEmbeddings:
     """The empty prompt's embeddings, batch 1."""
-    tensors = read_tensors(folder, manifest.null)
+    tensors = read_tensors(store, manifest.null)
     return TextEmbeddings(tensors["tokens"], tensors["pooled"])
 
 
-def _length(rows: dict[str, Tensor]) -> int:
-    return len(rows["sigma"]) if rows else 0
+def _length(rows: Rows) -> int:
+    return len(rows["sigma"])
 
 
-def _append(rows: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.cat([rows[name], value]) for name, value in more.items()} if rows else more
+def _gather(members: Sequence[tuple[Rows, int]]) -> Rows:
+    """Single rows of several shards as one batch."""
+    return {name: torch.stack([rows[name][k] for rows, k in members]) for name in members[0][0]}

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 
 from teefusion.errors import StorageError, StudentError
+from teefusion.files import publish_folder
 from teefusion.fusion import Fusion
 from teefusion.published import is_published
-from teefusion.storage import publish_folder
 from teefusion.student_pipelines import StudentPipeline, student_class
 
 

@@ -27,6 +27,7 @@ from teefusion.strategies import TEACHER, Grid, Weights, scheduled_grid
 log = logging.getLogger(__name__)
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 LORA_ADAPTER = "strategy"
 """Name of a strategy's LoRA on the teacher's transformer."""
 
@@ -60,6 +61,14 @@ class Teacher:
         return self.family.encode(
             self.pipeline, prompts, max_sequence_length=self.settings.max_sequence_length, device=self.device
         )
+
+    def park_text_encoders(self) -> None:
+        """Take the text encoders off the device: once all text is encoded, its memory is the transformer's."""
+        for name in _TEXT_ENCODERS:
+            if (encoder := getattr(self.pipeline, name, None)) is not None:
+                encoder.to("cpu")
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def transformer_on(self, weights: Weights) -> Any:
         """The transformer that has these weights now, and until it is asked for with others."""
@@ -161,7 +170,7 @@ def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: An
     pipeline.to(resolved)
     pipeline.vae.to(memory_format=torch.channels_last)  # faster convolutions, four times so on a CPU
     pipeline.set_progress_bar_config(disable=True)
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in ("transformer", "vae", *_TEXT_ENCODERS):
         module = getattr(pipeline, name, None)
         if module is not None:
             module.requires_grad_(False).eval()

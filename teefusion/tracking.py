@@ -23,6 +23,11 @@ RUN_KEY_TAG = "teefusion.run_key"
 _MAX_PARAM_CHARS = 500
 
 
+def is_main_rank() -> bool:
+    """Whether this process speaks for its job; under torchrun one of them does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tracking_uri(settings: Settings) -> str:
     """The server, or SQLite in the workdir."""
     return settings.mlflow.tracking_uri or f"sqlite:///{settings.workdir.resolve() / 'mlflow.db'}"

@@ -24,11 +24,13 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from teefusion.cache import open_shards
 from teefusion.checkpoints import load_latest, save_checkpoint
 from teefusion.devices import plain_attention
 from teefusion.distillation import ResidualMeter, distillation_loss
 from teefusion.errors import TeEFusionError, TrainingError
 from teefusion.families import TextEmbeddings
+from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.onpolicy import OnPolicyStream
@@ -36,7 +38,7 @@ from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings, TrainSettings, settings_from_json
 from teefusion.shards import read_tensors
-from teefusion.storage import write_json
+from teefusion.storage import Reader
 from teefusion.strategies import make_strategy, sub_grid
 from teefusion.stream import States, StateStream, read_null
 from teefusion.students import make_student, save_student
@@ -50,15 +52,16 @@ _EVAL_BATCH = 64
 _SAMPLE_PROMPTS = 4
 
 
-def train(settings: Settings, *, prompts: Path, targets: Path, output: Path) -> dict[str, Any]:
+def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
     """Train, save the student to ``output/student`` and the record to ``output/training.json``, written last.
 
     Continues from the newest checkpoint in ``output/checkpoints``. Raises IntegrityError for bad targets,
     TrainingError for a loss that is not finite, TrackingError when MLflow cannot be reached at the start.
     """
-    manifest = read_manifest(targets, teacher_revision=settings.teacher.revision)
+    store = open_shards(settings, targets)
+    manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     samples = [prompt.text for prompt in load_prompt_set(prompts).heldout[:_SAMPLE_PROMPTS]]
-    run = _Run(settings, manifest, targets, output, samples)
+    run = _Run(settings, manifest, store, output, samples)
     try:
         return run.complete()
     finally:
@@ -88,7 +91,7 @@ class _Run:
     """Everything a training run holds, built once."""
 
     def __init__(
-        self, settings: Settings, manifest: Manifest, targets: Path, output: Path, sample_prompts: list[str]
+        self, settings: Settings, manifest: Manifest, targets: Reader, output: Path, sample_prompts: list[str]
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.sample_prompts = sample_prompts
@@ -102,7 +105,9 @@ class _Run:
         self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
         self.device = self.accelerator.device
         transformer, self.family = load_transformer(settings.teacher)
-        self.stream = StateStream(targets, manifest, "train", settings.student_steps)
+        self.stream = StateStream(
+            targets, manifest, "train", settings.student_steps, shuffle_mb=settings.train.shuffle_mb
+        )
         self.heldout = StateStream(targets, manifest, "heldout", settings.student_steps)
         self.null_P = read_null(targets, manifest).pooled_BP[0].to(self.device)
         self.fusion = _fusion(settings, transformer.time_text_embed, targets, manifest)
@@ -112,7 +117,7 @@ class _Run:
         self._build(fuse(transformer, self.fusion).train().requires_grad_(True))
         self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
 
-    def _on_policy(self, targets: Path, manifest: Manifest) -> OnPolicyStream:
+    def _on_policy(self, targets: Reader, manifest: Manifest) -> OnPolicyStream:
         """The student's own states; the teacher is held beside it, without text encoders."""
         settings = self.settings
         encoders = {name: None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
@@ -373,14 +378,22 @@ def _check_world(options: TrainSettings, ranks: int) -> None:
         )
 
 
-def _fusion(settings: Settings, stock: Any, targets: Path, manifest: Manifest) -> Fusion:
+def _fusion(settings: Settings, stock: Any, targets: Reader, manifest: Manifest) -> Fusion:
     """The variant's constants; sizes are measured on the first block of training prompts."""
     block = read_tensors(targets, manifest.train.embeddings[0])
     pooled_BP, null_P = block["pooled"].float(), read_null(targets, manifest).pooled_BP[0].float()
     guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
     options = settings.fusion
     convention, embedded = options.convention, settings.teacher.embedded_guidance
-    sizes = measure_sizes(stock, pooled_BP, null_P, guidance_B, convention=convention, embedded_guidance=embedded)
+    sizes = measure_sizes(
+        stock,
+        pooled_BP,
+        null_P,
+        guidance_B,
+        variant=options.variant,
+        convention=convention,
+        embedded_guidance=embedded,
+    )
     return make_fusion(
         options.variant,
         convention=convention,
@@ -421,7 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m teefusion.training", description="One rank of the training stage.")
     parser.add_argument("--settings", type=Path, required=True, help="JSON of the run's settings")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of the prompt set")
-    parser.add_argument("--targets", type=Path, required=True, help="folder of the target set")
+    parser.add_argument("--targets", required=True, help="folder or s3:// URI of the target set")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the student")
     arguments = parser.parse_args()
     from teefusion.logs import setup_logging

@@ -1,7 +1,8 @@
 """Where a run keeps what it makes: one folder a thing, named by what determines its content.
 
 <workdir>/prompts/KEY/        prompt set
-<workdir>/targets/KEY/        target set
+<workdir>/targets/KEY/        target set, unless storage.uri says where else
+<workdir>/cache/              shards read from S3
 <workdir>/students/KEY/       checkpoints, the student folder, training.json
 <workdir>/evaluations/KEY/    pictures, scores, verdict, report.html
 <workdir>/runs/RUN_KEY/       settings, one record a stage, summary
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from teefusion.errors import IntegrityError
+from teefusion.files import read_json, write_bytes, write_json
 from teefusion.settings import Settings
-from teefusion.storage import read_json, write_bytes, write_json
+from teefusion.storage import join
 
 StageName = Literal["ingest", "targets", "train", "evaluate", "register"]
+Work = Callable[[], tuple[dict[str, Any], bool]]
+"""A stage's work: returns details, and whether all was there already."""
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
@@ -29,14 +33,15 @@ class StageResult:
     """What a stage gives to the next one and to the summary."""
 
     stage: StageName
-    output: Path
+    output: str
+    """A folder, or the URI of a target set in S3."""
     reused: bool
     seconds: float
     details: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self) | {"output": str(self.output), "seconds": round(self.seconds, 3)}
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,24 @@ class Workspace:
         """This run's records."""
         return self.root / "runs" / self.settings.run_key
 
-    def folder(self, kind: Literal["prompts", "targets", "students", "evaluations"], key: str) -> Path:
+    def folder(self, kind: Literal["prompts", "students", "evaluations"], key: str) -> Path:
         """Folder of one content-addressed thing."""
         return self.root / kind / key
 
-    def stage(self, name: StageName, output: Path, work: Callable[[], tuple[dict[str, Any], bool]]) -> StageResult:
-        """Do a stage's work, time it, and record it. ``work`` returns details, and whether they were there already."""
+    def target_uri(self, key: str) -> str:
+        """Folder or URI of a target set, the one thing that may lie elsewhere (``storage.uri``)."""
+        return join(self.settings.storage.uri or str(self.root), "targets", key)
+
+    @property
+    def cache(self) -> Path:
+        """What was read from S3, as long as there is room."""
+        return self.root / "cache"
+
+    def stage(self, name: StageName, output: Path | str, work: Work) -> StageResult:
+        """Do a stage's work, time it, and record it."""
         started = time.monotonic()
         details, reused = work()
-        result = StageResult(name, output, reused, time.monotonic() - started, details)
+        result = StageResult(name, str(output), reused, time.monotonic() - started, details)
         write_json(self._record(name), result.to_dict())
         return result
 

@@ -25,6 +25,8 @@ def by_hand(state: dict[str, Tensor], t: float, c: Tensor, null: Tensor, s: floa
     scale = psi(fusion.frequency * (s - 1 if fusion.convention == "w" else s))
     direction = c.double() - null.double()
     time, text = mlp("timestep_embedder", psi(t)), mlp("text_embedder", c.double())
+    if fusion.variant == "affine":
+        return time + text + (s - 1) * mlp("timestep_embedder", psi(t + 5000)) / fusion.divisor
     if fusion.variant == "linear":
         return time + mlp("text_embedder", c.double() + (s - 1) * direction)
     if fusion.variant == "unmodulated":
@@ -56,19 +58,21 @@ def test_published_divides_by_256_and_paper_does_not() -> None:
     assert (make_fusion("paper").frequency, make_fusion("paper").divisor) == (1000.0, 1.0)
 
 
-def test_balanced_divides_by_the_ratio_of_sizes() -> None:
-    assert make_fusion("balanced", term_rms=6.0, temb_rms=1.5).divisor == 4.0
+@pytest.mark.parametrize("variant", ["affine", "balanced"])
+def test_two_variants_are_divided_by_the_ratio_of_sizes(variant: Any) -> None:
+    assert make_fusion(variant, term_rms=6.0, temb_rms=1.5).divisor == 4.0
 
 
 @torch.no_grad()
-def test_balanced_term_starts_as_large_as_the_conditioning(transformer: Any) -> None:
+@pytest.mark.parametrize("variant", ["affine", "balanced"])
+def test_their_term_starts_as_large_as_the_conditioning(transformer: Any, variant: Any) -> None:
     torch.manual_seed(0)
     pooled, null, scale = torch.randn(64, 32), torch.randn(32), torch.linspace(1, 7, 64)
     stock = transformer.time_text_embed
-    sizes = measure_sizes(stock, pooled, null, scale)
+    sizes = measure_sizes(stock, pooled, null, scale, variant=variant)
     t = torch.linspace(1000.0, 0.0, 64)
     temb = stock(t, pooled)
-    fused = FusedConditioning(stock, make_fusion("balanced", **sizes))(t, pack(pooled, null, scale))
+    fused = FusedConditioning(stock, make_fusion(variant, **sizes))(t, pack(pooled, null, scale))
     ratio = (fused - temb).square().mean().sqrt() / temb.square().mean().sqrt()
     assert ratio.item() == pytest.approx(1.0, rel=1e-4)
 
@@ -91,10 +95,11 @@ def test_distill_cfg_adds_a_guidance_mlp_that_starts_silent(transformer: Any) ->
     torch.testing.assert_close(fused, stock)
 
 
-def test_linear_is_the_teacher_at_scale_one(transformer: Any) -> None:
+@pytest.mark.parametrize("variant", ["affine", "linear"])
+def test_two_variants_are_the_teacher_at_scale_one(transformer: Any, variant: Any) -> None:
     pooled, t = torch.randn(2, 32), torch.tensor([500.0, 20.0])
     stock = transformer.time_text_embed(t, pooled)
-    fuse(transformer, make_fusion("linear"))
+    fuse(transformer, make_fusion(variant))
     torch.testing.assert_close(transformer.time_text_embed(t, pack(pooled, torch.randn(32), torch.ones(2))), stock)
 
 

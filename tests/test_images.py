@@ -17,8 +17,9 @@ from teefusion.prompts import Prompt, load_prompt_set
 from teefusion.settings import Settings
 from teefusion.shards import read_tensors
 from teefusion.stages.ingest import ingest
+from teefusion.storage import FolderStore
 from teefusion.strategies import guide
-from teefusion.targets import generate_targets
+from teefusion.target_sets import generate_targets
 from teefusion.teachers import load_teacher
 
 Make = Callable[..., Settings]
@@ -46,11 +47,12 @@ def test_states_are_noised_latents_with_the_teachers_velocity(
     make_settings: Make, folder: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(make_settings, folder)
-    prompts = load_prompt_set(ingest(settings).output)
-    manifest = generate_targets(settings, prompts, tmp_path / "set")
+    prompts = load_prompt_set(Path(ingest(settings).output))
+    manifest = generate_targets(settings, prompts, FolderStore(tmp_path / "set"))
     teacher = load_teacher(settings.teacher, device="cpu")
     grid, null = teacher.grid(4), teacher.encode([""])
-    rows = {name: value[:12] for name, value in read_tensors(tmp_path / "set", manifest.train.states[0]).items()}
+    stored = read_tensors(FolderStore(tmp_path / "set"), manifest.train.states[0])
+    rows = {name: value[:12] for name, value in stored.items()}
     used = [prompts.train[p] for p in rows["prompt"].tolist()]
     x0 = CaptionedPictures(folder).latents(teacher.pipeline, used, height=16, width=16)
     sigma = rows["sigma"].view(-1, 1, 1, 1)
@@ -64,7 +66,7 @@ def test_states_are_noised_latents_with_the_teachers_velocity(
         expected = guide(conditional, unconditional, rows["guidance"][k : k + 1])
         torch.testing.assert_close(rows["velocity"][k : k + 1], expected, rtol=1e-3, atol=1e-3)
     assert manifest.forwards == 2 * 3 * 16  # two branches at three kept steps
-    again = generate_targets(settings, prompts, tmp_path / "again")
+    again = generate_targets(settings, prompts, FolderStore(tmp_path / "again"))
     assert [record.sha256 for record in again.train.states] == [record.sha256 for record in manifest.train.states]
 
 

@@ -15,9 +15,10 @@ from teefusion.onpolicy import OnPolicyStream
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
+from teefusion.storage import FolderStore
 from teefusion.strategies import guide, make_strategy
 from teefusion.stream import StateStream, read_null
-from teefusion.targets import generate_targets
+from teefusion.target_sets import generate_targets
 from teefusion.teachers import Teacher, load_teacher
 
 Make = Callable[..., Settings]
@@ -30,11 +31,11 @@ def student(x: Tensor, sigma: Tensor, s: Tensor, text: TextEmbeddings) -> Tensor
 @pytest.fixture
 def made(make_settings: Make, tmp_path: Path) -> tuple[OnPolicyStream, Teacher, TextEmbeddings]:
     settings = make_settings()
-    prompts = load_prompt_set(ingest(settings).output)
-    manifest = generate_targets(settings, prompts, tmp_path / "set")
+    prompts = load_prompt_set(Path(ingest(settings).output))
+    manifest = generate_targets(settings, prompts, FolderStore(tmp_path / "set"))
     teacher = load_teacher(settings.teacher, device="cpu")
-    null = read_null(tmp_path / "set", manifest)
-    stored = StateStream(tmp_path / "set", manifest, "train")
+    null = read_null(FolderStore(tmp_path / "set"), manifest)
+    stored = StateStream(FolderStore(tmp_path / "set"), manifest, "train")
     return OnPolicyStream(stored, teacher, make_strategy(settings.strategy), 4, null, student), teacher, null
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from teefusion import prompts as prompts_module
 from teefusion.errors import IntegrityError, PromptError, StorageError
+from teefusion.files import content_key, sha256_file
 from teefusion.prompts import (
     HPS_STYLES,
     Prompt,
@@ -31,7 +32,6 @@ from teefusion.prompts import (
     source_digest,
     write_prompt_set,
 )
-from teefusion.storage import content_key, sha256_file
 
 GIB = 1 << 30
 
@@ -558,3 +558,16 @@ def test_a_full_disk_leaves_no_set_that_is_trusted(
     monkeypatch.setattr(os, "replace", replace)
     write_prompt_set(tmp_path, build(ANCHORS))
     assert load_prompt_set(tmp_path) == build(ANCHORS)
+
+
+def test_a_source_that_changes_under_the_run_is_refused(make_settings: Callable[..., Any]) -> None:
+    from teefusion.stages.ingest import ingest
+
+    settings = make_settings()
+    source = Path(settings.prompts.source)
+    before = source.read_bytes()
+    source.write_bytes(before + b'{"prompt": "one more", "style": "photo"}\n')
+    with pytest.raises(PromptError, match=r"has changed since this run began .*Restore it, or start a new run"):
+        ingest(settings)
+    source.write_bytes(before)
+    assert ingest(settings).details["read"] == 60

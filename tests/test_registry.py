@@ -15,9 +15,9 @@ import pytest
 import requests
 
 from teefusion.errors import UsageError
+from teefusion.files import write_json
 from teefusion.settings import Settings
 from teefusion.stages.register import register
-from teefusion.storage import write_json
 from teefusion.tracking import Tracker, connect
 
 Make = Callable[..., Settings]

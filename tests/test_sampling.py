@@ -48,7 +48,7 @@ def test_plain_guidance_gives_the_stock_pipelines_pictures(make_settings: Make) 
 @pytest.mark.parametrize("name", ["z_sampling", "w2sd"])
 def test_a_reflective_teacher_is_evaluated_as_it_taught(make_settings: Make, name: str) -> None:
     settings = make_settings({"strategy.name": name, "train.steps": 2})
-    prompts = ingest(settings).output
+    prompts = Path(ingest(settings).output)
     made = targets(settings, prompts).output
     student = Path(train(settings, prompts, made).details["student"])
     nfe = evaluate(settings, prompts, student).details["nfe"]

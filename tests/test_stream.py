@@ -8,32 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from teefusion import stream as stream_module
-from teefusion.errors import TrainingError
+from teefusion.errors import IntegrityError, TrainingError
 from teefusion.manifests import FileRecord, Manifest, SplitRecord
 from teefusion.shards import write_tensors
+from teefusion.storage import FolderStore
 from teefusion.stream import StateStream
 
 SHARDS, ROWS = 7, 10
 
 
 @pytest.fixture
-def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateStream:
+def stream(tmp_path: Path) -> StateStream:
     """Seventy rows whose sigma is their own number, in windows of three shards."""
-    monkeypatch.setattr(stream_module, "WINDOW_SHARDS", 3)
     states = tuple(_shard(tmp_path, k) for k in range(SHARDS))
     tokens = torch.arange(4.0).view(4, 1, 1)
-    embeddings = write_tensors(tmp_path, "embeddings/train-00000", {"tokens": tokens, "pooled": tokens[:, 0].clone()})
+    embeddings = write_tensors(
+        FolderStore(tmp_path), "embeddings/train-00000", {"tokens": tokens, "pooled": tokens[:, 0].clone()}
+    )
     split = SplitRecord(states=states, embeddings=(embeddings,), prompts_per_block=4)
     manifest = Manifest.model_construct(train=split, sigmas=(1.0, 0.5, 0.0))
-    return StateStream(tmp_path, manifest, "train")
+    stream = StateStream(FolderStore(tmp_path), manifest, "train")
+    stream._window_shards = 3
+    return stream
 
 
 def _shard(folder: Path, k: int) -> FileRecord:
     numbers = torch.arange(k * ROWS, (k + 1) * ROWS)
     picture = numbers.float().view(-1, 1, 1, 1)
     rows = {"x": picture.clone(), "velocity": -picture, "sigma": numbers.float(), "guidance": numbers.float()}
-    return write_tensors(folder, f"states/{k}", rows | {"guidance_gap": numbers.float(), "prompt": numbers % 4})
+    return write_tensors(
+        FolderStore(folder), f"states/{k}", rows | {"guidance_gap": numbers.float(), "prompt": numbers % 4}
+    )
 
 
 def numbers(stream: StateStream, count: int, **options: int) -> list[list[int]]:
@@ -85,6 +90,31 @@ def test_a_batch_larger_than_the_set_is_refused_with_the_arithmetic(stream: Stat
         next(stream.batches(batch_size=71, seed=0))
 
 
+def test_windows_are_as_large_as_memory_is_given(tmp_path: Path, stream: StateStream) -> None:
+    size = stream.split.states[0].bytes
+    manifest = Manifest.model_construct(
+        train=stream.split.model_copy(
+            update={"states": tuple(r.model_copy(update={"bytes": size * 2**20}) for r in stream.split.states)}
+        ),
+        sigmas=(1.0, 0.5, 0.0),
+    )
+    for shuffle_mb, shards in ((1, 1), (size, 1), (2 * size, 2), (5 * size, 5)):
+        assert StateStream(stream.store, manifest, "train", shuffle_mb=shuffle_mb)._window_shards == shards
+
+
+def test_every_state_comes_once_an_epoch_whatever_the_windows(stream: StateStream) -> None:
+    for shards in (1, 2, 7, 100):
+        stream._window_shards = shards
+        seen = [row for batch in islice(stream.batches(batch_size=7, seed=1), 10) for row in batch.sigma_B.tolist()]
+        assert sorted(seen) == list(range(70))
+
+
+def test_a_damaged_shard_stops_the_stream(stream: StateStream, tmp_path: Path) -> None:
+    (tmp_path / "states" / "5.safetensors").write_bytes(b"bad")
+    with pytest.raises(IntegrityError, match="states/5.safetensors has 3 bytes"):
+        numbers(stream, 8)
+
+
 def test_longer_steps_land_where_the_teachers_steps_landed(tmp_path: Path) -> None:
     """Two trajectories of six random steps, walked again in three, two and one."""
     torch.manual_seed(0)
@@ -101,13 +131,15 @@ def test_longer_steps_land_where_the_teachers_steps_landed(tmp_path: Path) -> No
         "guidance_gap": torch.ones(12),
         "prompt": torch.tensor([0, 1]).repeat_interleave(6),
     }
-    states = write_tensors(tmp_path, "states/0", rows)
+    states = write_tensors(FolderStore(tmp_path), "states/0", rows)
     tokens = torch.zeros(2, 1, 1)
-    embeddings = write_tensors(tmp_path, "embeddings/0", {"tokens": tokens, "pooled": tokens[:, 0].clone()})
+    embeddings = write_tensors(
+        FolderStore(tmp_path), "embeddings/0", {"tokens": tokens, "pooled": tokens[:, 0].clone()}
+    )
     split = SplitRecord(states=(states,), embeddings=(embeddings,), prompts_per_block=4)
     manifest = Manifest.model_construct(train=split, sigmas=tuple(sigmas.tolist()))
     for steps, grid in ((3, [0, 2, 4, 6]), (2, [0, 3, 6]), (1, [0, 6])):
-        (batch,) = StateStream(tmp_path, manifest, "train", steps).in_order(batch_size=64)
+        (batch,) = StateStream(FolderStore(tmp_path), manifest, "train", steps).in_order(batch_size=64)
         assert len(batch) == 2 * steps
         got = batch.x_BCHW.view(2, steps, 1, 2, 2), batch.velocity_BCHW.view(2, steps, 1, 2, 2)
         for k in range(steps):
@@ -115,7 +147,7 @@ def test_longer_steps_land_where_the_teachers_steps_landed(tmp_path: Path) -> No
             landed = got[0][:, k] + (sigmas[grid[k + 1]] - sigmas[grid[k]]) * got[1][:, k]
             torch.testing.assert_close(landed, x[grid[k + 1]])
         assert batch.guidance_B.tolist() == [2.0] * steps + [5.0] * steps
-    whole = next(StateStream(tmp_path, manifest, "train", 6).in_order(batch_size=64))
+    whole = next(StateStream(FolderStore(tmp_path), manifest, "train", 6).in_order(batch_size=64))
     assert torch.equal(whole.velocity_BCHW, rows["velocity"])
-    epoch = StateStream(tmp_path, manifest, "train", 3).batches(batch_size=3, seed=0)
+    epoch = StateStream(FolderStore(tmp_path), manifest, "train", 3).batches(batch_size=3, seed=0)
     assert len({float(x) for batch in islice(epoch, 2) for x in batch.x_BCHW[:, 0, 0, 0]}) == 6

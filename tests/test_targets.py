@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teefusion import targets as targets_module
+from teefusion import target_sets
 from teefusion.errors import IntegrityError, TeacherError, TrainingError
 from teefusion.families import TextEmbeddings
 from teefusion.manifests import FileRecord, Manifest, read_manifest
@@ -19,8 +19,10 @@ from teefusion.prompts import PromptSet, load_prompt_set
 from teefusion.settings import Settings
 from teefusion.shards import finished, read_tensors, write_tensors
 from teefusion.stages.ingest import ingest
+from teefusion.storage import FolderStore
 from teefusion.strategies import make_strategy
-from teefusion.targets import draw, generate_targets, walk
+from teefusion.target_sets import generate_targets
+from teefusion.targets import draw, walk
 from teefusion.teachers import load_teacher
 from tests.conftest import make_tiny_teacher
 
@@ -29,7 +31,7 @@ Make = Callable[..., Settings]
 
 @pytest.fixture
 def prompts(make_settings: Make) -> PromptSet:
-    return load_prompt_set(ingest(make_settings()).output)
+    return load_prompt_set(Path(ingest(make_settings()).output))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -38,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def made(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> tuple[Path, Manifest]:
-    return tmp_path / "set", generate_targets(make_settings(), prompts, tmp_path / "set")
+    return tmp_path / "set", generate_targets(make_settings(), prompts, FolderStore(tmp_path / "set"))
 
 
 def test_a_set_holds_what_was_asked_for(made: tuple[Path, Manifest]) -> None:
@@ -47,7 +49,7 @@ def test_a_set_holds_what_was_asked_for(made: tuple[Path, Manifest]) -> None:
     assert manifest.heldout.rows == 4 * 3
     assert [record.rows for record in manifest.train.states] == [12, 12, 12]
     assert manifest.forwards == 16 * 2 * 4
-    rows = read_tensors(folder, manifest.train.states[0])
+    rows = read_tensors(FolderStore(folder), manifest.train.states[0])
     assert rows["x"].shape == rows["velocity"].shape == (12, 4, 8, 8)
     assert rows["x"].dtype == torch.float32
     assert bool(((rows["guidance"] >= 1) & (rows["guidance"] <= 7)).all())
@@ -64,7 +66,7 @@ def test_stored_states_are_one_trajectory_of_the_teacher(
     teacher = load_teacher(settings.teacher, device="cpu")
     plan = draw(settings, "train", 5, prompts.train[5], teacher.latent_shape)
     text, null = teacher.encode([prompts.train[5].text]), teacher.encode([""])
-    rows = read_tensors(folder, manifest.train.states[1])
+    rows = read_tensors(FolderStore(folder), manifest.train.states[1])
     mine = rows["trajectory"] == 5
     grid, x = teacher.grid(4), plan.noise_CHW[None]
     stored = dict(
@@ -88,7 +90,7 @@ def test_stored_states_are_one_trajectory_of_the_teacher(
 def test_the_same_settings_give_the_same_bytes(
     make_settings: Make, prompts: PromptSet, made: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
-    generate_targets(make_settings(), prompts, tmp_path / "again")
+    generate_targets(make_settings(), prompts, FolderStore(tmp_path / "again"))
     assert files(tmp_path / "again") == files(made[0])
 
 
@@ -108,70 +110,42 @@ def test_killed_half_way_it_makes_only_what_is_missing_and_ends_byte_identical(
             walked.append(1)
             return walk(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(targets_module, "walk", counting)
+        monkeypatch.setattr(target_sets, "walk", counting)
 
     folder = tmp_path / "killed"
     killed_at(2)
     with pytest.raises(KeyboardInterrupt):
-        generate_targets(make_settings(), prompts, folder)
+        generate_targets(make_settings(), prompts, FolderStore(folder))
     with pytest.raises(IntegrityError, match="no finished target set"):
-        read_manifest(folder)
+        read_manifest(FolderStore(folder))
     walked.clear()
     killed_at(99)
-    generate_targets(make_settings(), prompts, folder)
+    generate_targets(make_settings(), prompts, FolderStore(folder))
     assert len(walked) == 2  # 3 train shards + 1 held out, 2 of them done before
     assert files(folder) == files(made[0])
 
 
-def _flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_flip_bit, "is corrupt: sha256"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes, the manifest says"),
-        (lambda path: path.unlink(), "is missing"),
-    ],
-)
-def test_a_damaged_shard_is_never_read_and_is_made_anew(
-    made: tuple[Path, Manifest],
-    make_settings: Make,
-    prompts: PromptSet,
-    damage: Callable[[Path], None],
-    message: str,
-) -> None:
-    folder, manifest = made
-    before = files(folder)
-    damage(folder / "states" / "train-00001.safetensors")
-    with pytest.raises(IntegrityError, match=message):
-        read_tensors(folder, manifest.train.states[1])
-    generate_targets(make_settings(), prompts, folder)
-    assert files(folder) == before
-
-
 def test_a_file_without_its_record_is_not_trusted(tmp_path: Path) -> None:
-    record = write_tensors(tmp_path, "a/b", {"x": torch.arange(3)})
+    record = write_tensors(FolderStore(tmp_path), "a/b", {"x": torch.arange(3)})
     assert (
-        finished(tmp_path, "a/b") == record == FileRecord(name="a/b", rows=3, bytes=record.bytes, sha256=record.sha256)
+        finished(FolderStore(tmp_path), "a/b")
+        == record
+        == FileRecord(name="a/b", rows=3, bytes=record.bytes, sha256=record.sha256)
     )
     (tmp_path / "a" / "b.json").unlink()
-    assert finished(tmp_path, "a/b") is None
+    assert finished(FolderStore(tmp_path), "a/b") is None
 
 
 def test_a_manifest_of_another_schema_version_is_refused(made: tuple[Path, Manifest]) -> None:
     path = made[0] / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     with pytest.raises(IntegrityError, match="schema version 99, this program reads 1"):
-        read_manifest(made[0])
+        read_manifest(FolderStore(made[0]))
 
 
 def test_a_manifest_of_another_teacher_is_refused(made: tuple[Path, Manifest]) -> None:
     with pytest.raises(IntegrityError, match="this run distils revision sha256:other"):
-        read_manifest(made[0], teacher_revision="sha256:other")
+        read_manifest(FolderStore(made[0]), teacher_revision="sha256:other")
 
 
 def test_a_manifest_with_a_field_missing_is_refused(made: tuple[Path, Manifest]) -> None:
@@ -180,7 +154,7 @@ def test_a_manifest_with_a_field_missing_is_refused(made: tuple[Path, Manifest])
     del values["train"]
     path.write_text(json.dumps(values))
     with pytest.raises(IntegrityError, match="train: Field required"):
-        read_manifest(made[0])
+        read_manifest(FolderStore(made[0]))
 
 
 def test_a_draw_depends_on_its_own_identity_alone(make_settings: Make, prompts: PromptSet) -> None:
@@ -208,11 +182,11 @@ def test_non_finite_velocities_stop_the_run_and_are_not_stored(make_settings: Ma
 @pytest.mark.parametrize("name", ["z_sampling", "w2sd"])
 def test_a_reflective_set_is_as_any_other(make_settings: Make, prompts: PromptSet, tmp_path: Path, name: str) -> None:
     settings = make_settings({"strategy.name": name})
-    manifest = generate_targets(settings, prompts, tmp_path / "set")
+    manifest = generate_targets(settings, prompts, FolderStore(tmp_path / "set"))
     assert manifest.forwards == 16 * (5 * 4 - 3)
     assert manifest.strategy["name"] == name
     reflected, plain = (
-        generate_targets(make_settings(values), prompts, tmp_path / folder).train.states[0].sha256
+        generate_targets(make_settings(values), prompts, FolderStore(tmp_path / folder)).train.states[0].sha256
         for values, folder in (({"strategy.name": name}, "again"), ({}, "plain"))
     )
     assert reflected == manifest.train.states[0].sha256 != plain
@@ -230,7 +204,7 @@ def test_a_teacher_that_lacks_a_weight_is_refused(make_settings: Make, tmp_path:
 
 
 def test_stored_states_take_the_type_the_settings_say(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> None:
-    manifest = generate_targets(make_settings({"targets.dtype": "float16"}), prompts, tmp_path / "half")
-    rows = read_tensors(tmp_path / "half", manifest.train.states[0])
+    manifest = generate_targets(make_settings({"targets.dtype": "float16"}), prompts, FolderStore(tmp_path / "half"))
+    rows = read_tensors(FolderStore(tmp_path / "half"), manifest.train.states[0])
     assert rows["x"].dtype == rows["velocity"].dtype == torch.float16
     assert rows["sigma"].dtype == rows["guidance"].dtype == torch.float32

@@ -19,8 +19,9 @@ from teefusion.manifests import Manifest
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
+from teefusion.storage import FolderStore
 from teefusion.students import load_student
-from teefusion.targets import generate_targets
+from teefusion.target_sets import generate_targets
 
 Make = Callable[..., Settings]
 
@@ -30,12 +31,16 @@ class Job:
 
     def __init__(self, make_settings: Make, folder: Path) -> None:
         self.make, self.folder = make_settings, folder
-        self.prompts = ingest(make_settings()).output
+        self.prompts = Path(ingest(make_settings()).output)
         self.targets = folder / "targets"
-        self.manifest: Manifest = generate_targets(make_settings(), load_prompt_set(self.prompts), self.targets)
+        self.manifest: Manifest = generate_targets(
+            make_settings(), load_prompt_set(self.prompts), FolderStore(self.targets)
+        )
 
     def train(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        return run_training(self.make(overrides), prompts=self.prompts, targets=self.targets, output=self.folder / name)
+        return run_training(
+            self.make(overrides), prompts=self.prompts, targets=str(self.targets), output=self.folder / name
+        )
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / name / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -174,7 +179,7 @@ def test_every_variant_trains_and_its_student_loads(job: Job, variant: str) -> N
 def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(job: Job) -> None:
     job.targets = job.folder / "whole"  # with all of a trajectory's states
     settings = job.make({"targets.states_per_trajectory": 4, "targets.trajectories": 16})
-    manifest = generate_targets(settings, load_prompt_set(job.prompts), job.targets)
+    manifest = generate_targets(settings, load_prompt_set(job.prompts), FolderStore(job.targets))
     values = {"targets.states_per_trajectory": 4, "targets.trajectories": 16, "student.num_steps": 2}
     record = job.train("short", values | {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9})
     curve = [residual for _, residual in record["residual_curve"]]

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from teefusion.errors import TrainingError
+from teefusion.files import publish_folder, read_json, write_json
 from teefusion.shapes.arbiter import make_arbiter, train_arbiter
 from teefusion.shapes.autoencoder import encode, train_autoencoder
 from teefusion.shapes.corpus import Pool, make_pool, make_tokenizer, split_scenes
@@ -33,7 +34,6 @@ from teefusion.shapes.denoiser import make_denoiser, train_denoiser
 from teefusion.shapes.folders import load_pipeline, make_pipeline, save_model, save_scorer
 from teefusion.shapes.measures import heldout_pool, measure_arbiter, measure_autoencoder, measure_guidance
 from teefusion.shapes.plan import Plan
-from teefusion.storage import publish_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 

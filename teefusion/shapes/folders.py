@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiff
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from teefusion.files import read_json, write_json
 from teefusion.shapes.arbiter import CLIP_MEAN, CLIP_STD
 from teefusion.shapes.denoiser import SHIFT, Denoiser
 from teefusion.shapes.drawings import SIZE
-from teefusion.storage import read_json, write_json
 
 
 def make_pipeline(autoencoder: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
+from teefusion.files import write_bytes
 from teefusion.shapes import PROMPTS_FILE
 from teefusion.shapes.drawings import all_scenes
-from teefusion.storage import write_bytes
 
 
 def prompt_lines() -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teefusion.files import content_key, read_json, write_bytes, write_json
 from teefusion.gate import Evidence, decide
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
-from teefusion.storage import content_key, read_json, write_bytes, write_json
 from teefusion.workspace import StageResult, Workspace, require
 
 if TYPE_CHECKING:

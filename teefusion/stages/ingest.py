@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from teefusion.errors import IntegrityError
-from teefusion.prompts import build_prompt_set, load_prompt_set, read_prompts, write_prompt_set
+from teefusion.errors import IntegrityError, PromptError
+from teefusion.files import content_key
+from teefusion.prompts import build_prompt_set, load_prompt_set, read_prompts, source_digest, write_prompt_set
 from teefusion.settings import Settings
 from teefusion.sources import prompt_path
-from teefusion.storage import content_key
 from teefusion.workspace import StageResult, Workspace
 
 
@@ -22,7 +22,13 @@ def ingest(settings: Settings) -> StageResult:
             prompts, reused = load_prompt_set(output), True
         except IntegrityError:
             options = settings.prompts
-            source = read_prompts(prompt_path(options.source))
+            path = prompt_path(options.source)
+            if options.sha256 is not None and source_digest(path) != options.sha256:
+                raise PromptError(
+                    f"{path} has changed since this run began (sha256 was {options.sha256[:12]}). Restore it, or start "
+                    "a new run."
+                ) from None
+            source = read_prompts(path)
             prompts = build_prompt_set(source, heldout_fraction=options.heldout_fraction, max_chars=options.max_chars)
             write_prompt_set(output, prompts)
             reused = False

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from teefusion.errors import UsageError
+from teefusion.files import read_json
 from teefusion.registry import register as register_version
 from teefusion.settings import Settings
-from teefusion.storage import read_json
 from teefusion.workspace import StageResult, Workspace, require
 
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from teefusion.files import write_bytes, write_json
 from teefusion.settings import Settings
-from teefusion.storage import write_bytes, write_json
 from teefusion.workspace import Workspace
 
 log = logging.getLogger(__name__)

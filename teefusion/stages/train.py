@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from teefusion.files import read_json
 from teefusion.launch import run_training
 from teefusion.manifests import read_manifest, student_key
 from teefusion.settings import Settings
-from teefusion.storage import read_json
+from teefusion.storage import open_store
 from teefusion.workspace import StageResult, Workspace
 
 RESULT = "training.json"
 STUDENT = "student"
 
 
-def student_folder(settings: Settings, targets: Path) -> Path:
+def student_folder(settings: Settings, targets: str) -> Path:
     """Where the student of these settings and this target set lies, made or not."""
-    manifest = read_manifest(targets, teacher_revision=settings.teacher.revision)
+    manifest = read_manifest(open_store(targets, settings.storage), teacher_revision=settings.teacher.revision)
     return Workspace(settings).folder("students", student_key(settings, manifest.key)) / STUDENT
 
 
-def train(settings: Settings, prompts: Path, targets: Path) -> StageResult:
+def train(settings: Settings, prompts: Path, targets: str) -> StageResult:
     """Train the student of pinned settings, or find it. Raises IntegrityError, TrainingError, TrackingError."""
     workspace = Workspace(settings)
-    manifest = read_manifest(targets, teacher_revision=settings.teacher.revision)
+    manifest = read_manifest(open_store(targets, settings.storage), teacher_revision=settings.teacher.revision)
     output = student_folder(settings, targets).parent
 
     def work() -> tuple[dict[str, Any], bool]:

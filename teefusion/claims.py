@@ -1,0 +1,89 @@
+"""Share work out among any number of workers that know nothing of each other, through one store.
+
+Every item is an object that is published whole. A worker takes an item by creating a claim, which only one can; claims
+say who goes first, not who owns: they have no owner to ask, no clock and no end. When nothing is left to take, a worker
+waits about as long as an item takes, and then takes what is still not published a second time, and so on. So a worker
+that dies costs its unfinished item, one that comes late takes part at once, and none is waited for.
+
+    claims/<item>.<attempt>     in the store, until the work is done
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from teefusion.storage import Store
+
+log = logging.getLogger(__name__)
+CLAIMS = "claims/"
+_PATIENCE = 2.0  # of the longest item so far, before another's is taken too
+_POLL_S = 1.0
+
+Done = TypeVar("Done")
+
+
+def work_through(
+    store: Store,
+    items: Sequence[str],
+    find: Callable[[str], Done | None],
+    make: Callable[[str], Done],
+    *,
+    found: Callable[[Done, bool], None] = lambda _done, _made: None,
+) -> dict[str, Done]:
+    """Make what is missing of the items, together with other workers, and return all of them once all are published.
+
+    ``find`` gives a published item or none, ``make`` makes and publishes one, ``found`` hears of each and of whether
+    this worker made it. Raises what they raise; then the item is free for others after their patience.
+    """
+    worker = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
+    done: dict[str, Done] = {}
+    attempt, longest_s = 0, 0.0
+    missing = _rotated(items)
+    while missing:
+        for name in missing:
+            item, made = find(name), False
+            if item is None and store.create(f"{CLAIMS}{name}.{attempt}", worker.encode()):
+                item = find(name)  # published between the two
+                if item is None:
+                    started = time.monotonic()
+                    item, made = make(name), True
+                    longest_s = max(longest_s, time.monotonic() - started)
+            if item is not None:
+                done[name] = item
+                found(item, made)
+        missing = [name for name in missing if name not in done]
+        if missing:
+            _wait_for_others(missing, find, _PATIENCE * longest_s)
+            attempt += 1
+    return {name: done[name] for name in items}
+
+
+def forget_claims(store: Store) -> None:
+    """Remove the claims of finished work."""
+    for name in store.names(CLAIMS):
+        store.delete(name)
+
+
+def _rotated(items: Sequence[str]) -> list[str]:
+    """The items, from another one on for every rank of torchrun, so that ranks seldom want the same."""
+    first = len(items) * int(os.environ.get("RANK", "0")) // max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+    return [*items[first:], *items[:first]]
+
+
+def _wait_for_others(missing: Sequence[str], find: Callable[[str], object], patience_s: float) -> None:
+    """Return when none of the items is missing any more, or after ``patience_s``."""
+    end = time.monotonic() + patience_s
+    left = list(missing)
+    while time.monotonic() < end:
+        left = [name for name in left if find(name) is None]
+        if not left:
+            return
+        time.sleep(min(_POLL_S, patience_s / 10))
+    if patience_s:
+        log.info("%d shards claimed by other workers are still not published: taking them too", len(left))
