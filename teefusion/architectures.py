@@ -57,7 +57,9 @@ class Architecture:
         kind = getattr(diffusers, self.family.transformer_class)
         with torch.device(device):
             transformer = kind.from_config(dict(self.transformer))
-        transformer.to(dtype).requires_grad_(False).eval()
+        for part in transformer.children():  # the model's own `to` warns of parts that neither family has
+            part.to(dtype)
+        transformer.requires_grad_(False).eval()
         return Outline(
             transformer=transformer,
             vae_scale_factor=self.vae_scale_factor,
