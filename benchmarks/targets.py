@@ -1,6 +1,6 @@
 """How fast targets are sampled, on the bundled teacher or on a published teacher's shape with random weights.
 
-    python benchmarks/targets.py [--strategy w2sd] [--steps 20] [--batches 1,8,64] [--rounds 5] [--json]
+    python benchmarks/targets.py [--strategy w2sd] [--steps 20] [--batches 1,8,32,64] [--rounds 5] [--json]
     python benchmarks/targets.py --architecture sd3-medium --device cuda [--compile] [--batches 1,4,8] [--json]
 
 The first takes turns between this package's batches and a plain loop over stock diffusers pieces, one prompt at a time
@@ -435,7 +435,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="euler_cfg", choices=["euler_cfg", "z_sampling", "w2sd"])
     parser.add_argument("--device", default="auto", help="default auto")
     parser.add_argument("--steps", type=int, help="default 20, with --architecture 4")
-    parser.add_argument("--batches", type=sizes, help="batch sizes (default 1,4,16,64; with --architecture 1,4,8)")
+    parser.add_argument("--batches", type=sizes, help="batch sizes (default 1,8,32,64; with --architecture 1,4,8)")
     parser.add_argument("--trajectories", type=int, default=8, help="at least, a round and batch size (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--compile", action="store_true", help="with --architecture: measure torch.compile too")
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     options.steps = options.steps or (4 if options.architecture else 20)
-    options.batches = options.batches or ([1, 4, 8] if options.architecture else [1, 4, 16, 64])
+    options.batches = options.batches or ([1, 4, 8] if options.architecture else [1, 8, 32, 64])
     try:
         result = measure_shape(options) if options.architecture else compare(options)
     except ModuleNotFoundError as error:

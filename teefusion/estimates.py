@@ -181,7 +181,7 @@ def text(estimate: Estimate) -> str:
     """The estimate as a table for people; what is assumed says so."""
     e = estimate
     guess = "assumed; benchmarks/targets.py measures it" if e.utilisation_assumed else "as given"
-    memory = f" of the device's {_bytes(e.memory_bytes)}" if e.memory_bytes else ""
+    memory = f" of the device's {readable_bytes(e.memory_bytes)}" if e.memory_bytes else ""
     crowded = "; they do not fit" if e.memory_bytes and e.weights_bytes > e.memory_bytes else ""
     slow = "" if e.dtype != "float32" else "; float32 forwards are slower than that"
     rows = {
@@ -193,17 +193,17 @@ def text(estimate: Estimate) -> str:
         "device": f"{e.device}, peak {e.peak_flops / 1e12:g} TFLOP/s (bfloat16, dense{slow})",
         "utilisation": f"{e.utilisation:.0%} of the peak ({guess})",
         "GPU hours": f"{e.gpu_hours:,.3g}" if e.gpu_hours < 1000 else f"{e.gpu_hours:,.0f}",
-        "weights": f"{_bytes(e.weights_bytes)}{memory}{crowded}",
-        "states": f"{e.states:,}, {_bytes(e.states_bytes)}",
-        "embeddings": f"{e.prompts:,} prompts of {e.text_tokens} tokens, {_bytes(e.embeddings_bytes)}",
-        "files": f"{e.files:,}, {_bytes(e.bytes)}",
+        "weights": f"{readable_bytes(e.weights_bytes)}{memory}{crowded}",
+        "states": f"{e.states:,}, {readable_bytes(e.states_bytes)}",
+        "embeddings": f"{e.prompts:,} prompts of {e.text_tokens} tokens, {readable_bytes(e.embeddings_bytes)}",
+        "files": f"{e.files:,}, {readable_bytes(e.bytes)}",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}s}  {value}" for name, value in rows.items())
 
 
-def _bytes(count: int) -> str:
-    """In units of 1000, as disks and data sheets count."""
+def readable_bytes(count: int) -> str:
+    """For people, in units of 1000 as disks and data sheets count."""
     power = min(max(len(str(count)) - 1, 0) // 3, 5)
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 

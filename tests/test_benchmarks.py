@@ -16,15 +16,20 @@ import torch
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_targets", FOLDER / "targets.py")
+def load(name: str) -> ModuleType:
+    """A program of the folder, as a module; it is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    return load("targets")
 
 
 @pytest.mark.parametrize("strategy", ["euler_cfg", "z_sampling", "w2sd"])
@@ -74,3 +79,10 @@ def test_a_shape_with_random_weights_is_measured(
     rate = values["forwards_a_second"]["median"]
     assert values["utilisation"] == pytest.approx(rate * result["forward_flops"] / 1e9)
     assert "% of the peak" in program.shape_text(result)
+
+
+def test_the_tables_of_the_scale_page_are_what_their_program_prints() -> None:
+    scale = load("scale")
+    page = (FOLDER.parent / "docs" / "scale.md").read_text()
+    missing = [name for name, table in scale.tables("H200", None).items() if table not in page]
+    assert missing == [], "make docs/scale.md's tables anew with benchmarks/scale.py, and read its text again"
