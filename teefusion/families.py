@@ -72,6 +72,10 @@ class Family(Protocol):
         """
         ...
 
+    def text_tokens(self, pipeline: Any, max_sequence_length: int) -> int:
+        """T, the tokens that ``encode`` gives for a prompt."""
+        ...
+
     def set_timesteps(self, pipeline: Any, num_steps: int, shape: LatentShape) -> None:
         """Set the pipeline's scheduler as the stock pipeline does for pictures of that shape."""
         ...
@@ -132,6 +136,10 @@ class SD3Family:
         default = int(config.sample_size) * factor
         sizes = _latent_sizes((height or default, width or default), factor=factor, patch=int(config.patch_size))
         return int(config.in_channels), *sizes
+
+    def text_tokens(self, pipeline: Any, max_sequence_length: int) -> int:
+        """See Family. CLIP's tokens, then T5's; without T5 as many zeros take their place."""
+        return int(pipeline.tokenizer_max_length) + max_sequence_length
 
     def set_timesteps(self, pipeline: Any, num_steps: int, shape: LatentShape) -> None:
         """See Family. The tail of this schedule carries the timestep shift twice, as in diffusers."""
@@ -199,6 +207,10 @@ class FluxFamily:
         default = int(pipeline.default_sample_size) * factor
         sizes = _latent_sizes((height or default, width or default), factor=factor, patch=2)
         return int(pipeline.transformer.config.in_channels) // 4, *sizes
+
+    def text_tokens(self, pipeline: Any, max_sequence_length: int) -> int:
+        """See Family. T5's alone."""
+        return max_sequence_length
 
     def set_timesteps(self, pipeline: Any, num_steps: int, shape: LatentShape) -> None:
         """See Family."""

@@ -1,0 +1,88 @@
+"""The benchmarks measure what they say: both sides of a comparison do the same work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """A program of the folder, as a module; it is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    return load("targets")
+
+
+@pytest.mark.parametrize("strategy", ["euler_cfg", "z_sampling", "w2sd"])
+def test_the_plain_loop_makes_the_states_and_forwards_of_the_walk(
+    program: ModuleType, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    monkeypatch.setenv("TEEFUSION_TEACHER__DTYPE", "float32")
+    bench = program.Laptop(argparse.Namespace(teacher=str(tiny_teacher), strategy=strategy, steps=4, device="cpu"))
+    called: list[int] = []
+    bench.teacher.pipeline.transformer.register_forward_hook(
+        lambda _module, _arguments, output: called.append(len(output[0]))
+    )
+    (ours,) = bench.ours(3, 3)
+    assert sum(called) == 3 * bench.strategy.forwards(4)
+    plain = bench.plain(3)
+    assert sum(called) == 2 * 3 * bench.strategy.forwards(4)
+    for name in ("x", "velocity"):
+        torch.testing.assert_close(torch.cat([rows[name] for rows in plain]), ours[name], atol=1e-3, rtol=1e-3)
+
+
+def run(program: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["targets.py", *arguments, "--device", "cpu", "--rounds", "1", "--json"])
+        program.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_comparison_names_the_best_batch(
+    program: ModuleType, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--teacher", str(tiny_teacher), "--steps", "2", "--batches", "1,4", "--trajectories", "4")
+    result = run(program, capsys, *options)
+    rates = {int(batch): values["trajectories_a_second"]["median"] for batch, values in result["batches"].items()}
+    assert result["best_batch"] == max(rates, key=lambda batch: rates[batch])
+    assert 0 < result["transformer_share"] < 1
+    ratio = rates[result["best_batch"]] / result["plain_trajectories_a_second"]["median"]
+    assert result["speedup_vs_naive"] == pytest.approx(ratio)
+    assert program.compare_text(result).count("trajectories/s") == 3
+
+
+def test_a_shape_with_random_weights_is_measured(
+    program: ModuleType, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--architecture", str(tiny_teacher), "--batches", "2", "--steps", "2", "--peak", "mine:0.001")
+    result = run(program, capsys, *options)
+    (values,) = result["modes"]["plain"].values()
+    rate = values["forwards_a_second"]["median"]
+    assert values["utilisation"] == pytest.approx(rate * result["forward_flops"] / 1e9)
+    assert "% of the peak" in program.shape_text(result)
+
+
+def test_the_tables_of_the_scale_page_are_what_their_program_prints() -> None:
+    scale = load("scale")
+    page = (FOLDER.parent / "docs" / "scale.md").read_text()
+    missing = [name for name, table in scale.tables("H200", None).items() if table not in page]
+    assert missing == [], "make docs/scale.md's tables anew with benchmarks/scale.py, and read its text again"
