@@ -77,13 +77,13 @@ def _set_row(e: Any, prompts: int) -> tuple[str, ...]:
 def _piece_row(name: str, e: Any) -> tuple[str, ...]:
     """Sizes that reading and training meet, a file's header left out."""
     from teefusion.settings import load_settings
-    from teefusion.stream import WINDOW_SHARDS
 
-    targets = load_settings(overrides={"teacher.name": name}).targets
+    settings = load_settings(overrides={"teacher.name": name})
+    targets, window = settings.targets, settings.train.shuffle_mb * 2**20
     state, prompt = e.states_bytes / e.states, e.embeddings_bytes / (e.prompts + 1)
     shard = state * targets.states_per_trajectory * targets.shard_trajectories
     block = prompt * targets.shard_trajectories
-    return (name, *(_size(round(value)) for value in (state, shard, shard * WINDOW_SHARDS, prompt, block)))
+    return (name, *(_size(round(value)) for value in (state, shard, window // shard * shard, prompt, block)))
 
 
 def _size(count: int) -> str:

@@ -143,15 +143,35 @@ def ingest(settings: Settings) -> dict[str, Any]:
     return _shown(stage(settings))
 
 
-@_command(*_TARGETS, group=True)
-def targets(settings: Settings) -> dict[str, Any]:
+@_command(*_TARGETS, group=True, pinned=False)
+@click.option(
+    "--estimate",
+    is_flag=False,
+    flag_value="H100-SXM",
+    metavar="[DEVICE]",
+    help="Say what the set will take on such GPUs, and make nothing: H200, H100-SXM (the default), A100, ..., or "
+    "NAME:TFLOPS with the dense bfloat16 peak.",
+)
+@click.option("--utilisation", type=float, help="Estimate: share of the peak that is reached.  [default: 0.4, a guess]")
+@click.option("--prompt-count", type=int, help="Estimate: distinct prompts.  [default: one a trajectory]")
+def targets(
+    settings: Settings, estimate: str | None, utilisation: float | None, prompt_count: int | None
+) -> dict[str, Any]:
     """Sample the teacher's trajectories and store states and velocities.
 
     Continues where it stopped. Any number of machines may do so at once, each by this command with the same settings
     and a --storage that all of them reach.
     """
+    if estimate:
+        from teefusion.estimates import estimate_targets, text
+
+        prompts = (prompt_count, prompt_count) if prompt_count else None
+        estimated = estimate_targets(settings, estimate, utilisation=utilisation, prompts=prompts)
+        return estimated.to_dict() | {"_text": text(estimated)}
+    from teefusion.sources import pin
     from teefusion.stages.targets import targets as stage
 
+    settings = pin(settings)
     return _shown(stage(settings, _prompts(settings)))
 
 

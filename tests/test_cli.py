@@ -156,3 +156,36 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = invoke("ingest", "--prompts", "/no/such.txt", "--workdir", str(tmp_path), "--debug")
     assert result.exception is not None
     assert not isinstance(result.exception, SystemExit)
+
+
+def test_an_estimate_is_printed_and_nothing_is_made(tmp_path: Path) -> None:
+    arguments = ["--teacher", "sd3-medium", "--trajectories", "10000000", "--workdir", str(tmp_path / "w")]
+    shown = invoke("targets", "--estimate", "H200", *arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "10,000,512, of them 512 held out" in shown.stdout
+    values = json.loads(invoke("targets", *arguments, "--prompt-count", "1000", "--json", "--estimate").stdout)
+    assert (values["device"], values["prompts"]) == ("H100-SXM", 1512)
+    assert values["forwards"] == 10_000_512 * 56
+    assert_one_message(invoke("targets", "--estimate", "abacus", *arguments), 2, "'abacus' is not known", "H200")
+    assert not (tmp_path / "w").exists()
+
+
+def test_verify_names_what_is_bad_and_mends_it(make_settings: Any, tmp_path: Path) -> None:
+    from teefusion.stages.ingest import ingest
+    from teefusion.stages.targets import targets
+
+    settings = make_settings()
+    made = targets(settings, Path(ingest(settings).output))
+    config = write(tmp_path / "run.yaml", json.dumps(settings.model_dump(mode="json")).encode())
+    arguments = ["verify", "--config", str(config), "--workdir", str(settings.workdir)]
+    assert "all good" in invoke("targets", *arguments).stdout
+    shard = Path(made.output) / "states" / "train-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    bad = invoke("targets", *arguments)
+    assert bad.exit_code == 1
+    assert f"states/train-00002: {shard} is corrupt" in bad.stdout
+    assert json.loads(invoke("targets", *arguments, "--json").stdout)["bad"].keys() == {"states/train-00002"}
+    mended = invoke("targets", *arguments, "--repair")
+    assert (mended.exit_code, mended.stdout.splitlines()[-1].rpartition(": ")[2]) == (0, "1 bad, made anew")
+    assert "all good" in invoke("targets", *arguments, str(made.output)).stdout
+    assert_one_message(invoke("targets", *arguments, str(tmp_path)), 1, "is no finished target set")

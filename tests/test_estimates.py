@@ -18,7 +18,8 @@ from teefusion.estimates import DEVICES, device_reported_as, estimate_targets, f
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings, TeacherSettings, load_settings, presets
 from teefusion.stages.ingest import ingest
-from teefusion.targets import generate_targets
+from teefusion.storage import FolderStore
+from teefusion.target_sets import generate_targets
 
 Make = Callable[..., Settings]
 # A shape for tests of the arithmetic alone: 1000 FLOPs a forward.
@@ -69,7 +70,8 @@ def test_an_assumed_utilisation_is_shown_as_such() -> None:
 
 
 def test_ten_million_prompts_take_what_arithmetic_says() -> None:
-    large = estimate({"targets.trajectories": 10_000_000, "targets.heldout_trajectories": 1000})
+    block = {"targets.shard_trajectories": 64}
+    large = estimate(block | {"targets.trajectories": 10_000_000, "targets.heldout_trajectories": 1000})
     payload = 10_001_000 * (10 * 32 + 16) * 2
     assert large.embeddings_bytes == pytest.approx(payload, rel=0.01)
     assert large.files == 2 * (10_000_000 // 64 + 16) + 1
@@ -110,8 +112,8 @@ def test_bytes_and_forwards_are_those_of_a_real_set(
     make_settings: Make, tmp_path: Path, dtypes: tuple[str, str]
 ) -> None:
     settings = make_settings({"teacher.dtype": dtypes[0], "targets.dtype": dtypes[1], "targets.trajectories": 11})
-    prompts = load_prompt_set(ingest(settings).output)
-    manifest = generate_targets(settings, prompts, tmp_path / "set")
+    prompts = load_prompt_set(Path(ingest(settings).output))
+    manifest = generate_targets(settings, prompts, FolderStore(tmp_path / "set"))
     made = estimate_targets(settings, "H200", prompts=(len(prompts.train), len(prompts.heldout)))
     splits = (manifest.train, manifest.heldout)
     assert made.forwards == manifest.forwards
@@ -126,7 +128,8 @@ def test_bytes_and_forwards_are_those_of_a_real_set(
 
 
 def test_prompts_that_go_round_are_embedded_once() -> None:
-    few = estimate({"targets.trajectories": 1000, "targets.heldout_trajectories": 100}, prompts=(200, 500))
+    counts = {"targets.trajectories": 1000, "targets.heldout_trajectories": 100, "targets.shard_trajectories": 64}
+    few = estimate(counts, prompts=(200, 500))
     assert few.prompts == 200 + 100
     assert few.embeddings_bytes == pytest.approx(301 * (10 * 32 + 16) * 2, rel=0.01)
 
