@@ -40,7 +40,7 @@ from teefusion.manifests import (
 )
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt, PromptSet, load_prompt_set
-from teefusion.settings import Settings, settings_from_json
+from teefusion.settings import JOB_VARIABLE, Settings, job_settings
 from teefusion.shards import finished, read_tensors, write_tensors
 from teefusion.storage import Store, open_store
 from teefusion.strategies import make_strategy
@@ -312,15 +312,15 @@ class _Worker:
 def main() -> None:
     """Entry of one of several workers: ``torchrun --nproc-per-node N -m teefusion.target_sets --settings FILE ...``."""
     parser = argparse.ArgumentParser(prog="python -m teefusion.target_sets", description="One worker on a target set.")
-    parser.add_argument("--settings", type=Path, required=True, help="JSON of the run's settings")
+    parser.add_argument("--settings", type=Path, help=f"JSON of the run's settings; none is {JOB_VARIABLE}")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of the prompt set")
     parser.add_argument("--output", required=True, help="folder or s3:// URI of the target set")
     arguments = parser.parse_args()
     from teefusion.logs import setup_logging
 
     setup_logging()
-    settings = settings_from_json(arguments.settings.read_text())
     try:
+        settings = job_settings(arguments.settings)
         store = open_store(arguments.output, settings.storage)
         generate_tracked(settings, load_prompt_set(arguments.prompts), store)
     except TeEFusionError as error:

@@ -36,7 +36,7 @@ from teefusion.manifests import Manifest, read_manifest
 from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
-from teefusion.settings import Settings, TrainSettings, settings_from_json
+from teefusion.settings import JOB_VARIABLE, Settings, TrainSettings, job_settings
 from teefusion.shards import read_tensors
 from teefusion.storage import Reader
 from teefusion.strategies import make_strategy, sub_grid
@@ -432,7 +432,7 @@ def _split(states: States, parts: int) -> Iterator[States]:
 def main() -> None:
     """Entry of a rank: ``torchrun --nproc-per-node N -m teefusion.training --settings FILE ...``."""
     parser = argparse.ArgumentParser(prog="python -m teefusion.training", description="One rank of the training stage.")
-    parser.add_argument("--settings", type=Path, required=True, help="JSON of the run's settings")
+    parser.add_argument("--settings", type=Path, help=f"JSON of the run's settings; none is {JOB_VARIABLE}")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of the prompt set")
     parser.add_argument("--targets", required=True, help="folder or s3:// URI of the target set")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the student")
@@ -440,8 +440,8 @@ def main() -> None:
     from teefusion.logs import setup_logging
 
     setup_logging()
-    settings = settings_from_json(arguments.settings.read_text())
     try:
+        settings = job_settings(arguments.settings)
         train(settings, prompts=arguments.prompts, targets=arguments.targets, output=arguments.output)
     except TeEFusionError as error:
         log.error("%s", error)
