@@ -11,6 +11,7 @@
     ├── IntegrityError          stored data is not what its manifest says; never used
     ├── ScorerError             a scorer could not be loaded, or an image could not be scored
     ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
+    ├── ClusterError            Kubernetes cannot be reached, or refuses
     ├── TrackingError           the MLflow server cannot be reached or refuses
     └── PipelineError           a stage of the pipeline failed; its own message is above
 
@@ -64,6 +65,10 @@ class ScorerError(TeEFusionError):
 
 class TrainingError(TeEFusionError):
     """Training cannot go on."""
+
+
+class ClusterError(TeEFusionError):
+    """Kubernetes cannot be reached, or refuses."""
 
 
 class TrackingError(TeEFusionError):

@@ -1,23 +1,33 @@
-"""Run a stage's work here, or under torchrun where it takes more processes."""
+"""Run a stage's work here, under torchrun where it takes more processes, or as a TrainJob where it takes more nodes."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from teefusion.errors import TeEFusionError, TrainingError
 from teefusion.files import read_json, write_bytes
-from teefusion.settings import Settings
+from teefusion.manifests import MANIFEST
+from teefusion.settings import JobStage, Settings
+from teefusion.storage import is_remote, local_path
+
+_PUBLISHED_PATIENCE_S = 90.0  # network file systems may remember for a minute that a file was missing
 
 
 def run_training(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
-    """Train and return the record; with one process in this one, else under ``torchrun --standalone``.
+    """Train and return the record: in this process, under ``torchrun --standalone``, or as a TrainJob.
 
-    Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code.
+    Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code; from a TrainJob what
+    ``jobs.run_job`` raises, and SettingsError where its pods could not reach the folders.
     """
+    if settings.cluster.takes_trainjob("train"):
+        paths = {"prompts": str(prompts), "targets": targets, "output": str(output)}
+        _trainjob(settings, "train", "teefusion.training", paths)
+        return _published_record(output / "training.json")
     if settings.train.num_processes == 1:
         from teefusion.training import train
 
@@ -31,10 +41,16 @@ def run_training(settings: Settings, *, prompts: Path, targets: str, output: Pat
 
 
 def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
-    """Make a target set; with one worker in this process, else under ``torchrun --standalone``.
+    """Make a target set: in this process, under ``torchrun --standalone``, or as a TrainJob.
 
-    Raises what ``target_sets.generate_tracked`` raises; from torchrun, TeEFusionError naming the exit code.
+    Raises what ``target_sets.generate_tracked`` raises; from torchrun, TeEFusionError naming the exit code; from a
+    TrainJob as ``run_training``.
     """
+    if settings.cluster.takes_trainjob("targets"):
+        _trainjob(settings, "targets", "teefusion.target_sets", {"prompts": str(prompts), "output": output})
+        if not is_remote(output):
+            _published_record(local_path(output) / MANIFEST)
+        return
     if settings.targets.num_processes == 1:
         from teefusion.prompts import load_prompt_set
         from teefusion.storage import open_store
@@ -58,3 +74,33 @@ def _torchrun(settings: Settings, processes: int, module: str, arguments: list[s
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["-m", module, f"--settings={file}", *arguments]
         return subprocess.run(command, check=False, stdout=sys.stderr).returncode
+
+
+def _trainjob(settings: Settings, stage: JobStage, module: str, paths: dict[str, str]) -> None:
+    """Run the module's ``main`` on every node; pods start in another directory, so paths become absolute."""
+    from teefusion.trainjobs import Work, build_trainjob, require_reachable
+
+    arguments = {name: uri if is_remote(uri) else str(local_path(uri).absolute()) for name, uri in paths.items()}
+    settings = settings.model_copy(update={"workdir": settings.workdir.absolute()})
+    work = Work(stage, module, arguments)
+    require_reachable(settings, work)  # before anything is asked of a cluster
+
+    from teefusion.cluster import Cluster
+    from teefusion.jobs import run_job
+
+    cluster = Cluster(settings.cluster)
+    run_job(cluster, build_trainjob(settings, work, namespace=cluster.namespace, owner=cluster.owner()))
+
+
+def _published_record(path: Path) -> dict[str, Any]:
+    """What a completed job wrote last, once this machine sees it too. Raises TrainingError if it never does."""
+    end = time.monotonic() + _PUBLISHED_PATIENCE_S
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TrainingError(
+                f"The TrainJob is complete, but {path} is not here. Mount the same volume here and in its pods "
+                "(cluster.volume_claim, cluster.volume_path), then run again."
+            )
+        time.sleep(1.0)
+    record: dict[str, Any] = read_json(path)
+    return record
