@@ -21,6 +21,9 @@ from teefusion.trainjobs import DIGEST, NODE
 
 log = logging.getLogger("teefusion.jobs")
 _LAST_LINES = 30
+_READ_LINES = 300  # to find them in: torchrun ends with a traceback of its own, and a paragraph a rank
+_TORCHRUN = "torch/distributed/elastic/"
+_TORCHRUN_ENDS = "failed (exitcode:"
 _STOP_PATIENCE_S = 15.0  # of the 30 s that Kubernetes leaves between SIGTERM and SIGKILL
 _LOG_PATIENCE_S = 10.0  # for the last lines of a job that has ended
 _SHORTEST_WATCH_S = 1.0  # where watches break off at once
@@ -219,7 +222,16 @@ def _failure(cluster: Cluster, name: str, reason: str) -> str:
     if pod is None:
         return f"{told} None of its pods is left to say more. {advice}"
     pod_name, how = pod
-    return f"{told} Pod {pod_name} {how}; its last lines:\n{cluster.last_lines(pod_name, _LAST_LINES)}\n{advice}"
+    text = cluster.last_lines(pod_name, _READ_LINES)
+    return f"{told} Pod {pod_name} {how}; its last lines:\n{_own_lines(text)}\n{advice}"
+
+
+def _own_lines(text: str) -> str:
+    """The last lines that our ranks wrote: the reason stands there, before what torchrun says of its own end."""
+    lines = text.splitlines()
+    ends = [k for k, line in enumerate(lines) if _TORCHRUN in line and _TORCHRUN_ENDS in line]
+    own = [line for line in lines[: ends[0] if ends else None] if _TORCHRUN not in line]
+    return "\n".join((own or lines)[-_LAST_LINES:])
 
 
 def _failed_first(pods: list[Json]) -> tuple[str, str] | None:

@@ -118,10 +118,10 @@ class ApiServer:
             for line in lines:
                 self.logs[pod].append((f"2026-01-01T00:00:00.{self._tick():09d}Z", line))
 
-    def end(self, pod: str, *, code: int = 0, reason: str = "Completed", at: str = "2026-01-01T00:01:00Z") -> None:
+    def end(self, pod: str, *, code: int = 0, reason: str = "", at: str = "2026-01-01T00:01:00Z") -> None:
         """A pod's container ends."""
         with self.change():
-            state = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": at}}
+            state = {"terminated": {"exitCode": code, "reason": reason or "Error", "finishedAt": at}}
             self.pods[pod]["status"] = {
                 "phase": "Failed" if code else "Succeeded",
                 "containerStatuses": [{"name": "node", "state": state}],
@@ -206,6 +206,7 @@ class ApiServer:
             for stamp, line in lines:
                 if broken is not None and shown == broken:
                     self.log_breaks_after = None
+                    time.sleep(0.1)  # a reset takes away what has not been read
                     raise ConnectionResetError
                 yield f"{stamp} {line}\n"
                 shown += 1

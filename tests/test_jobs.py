@@ -19,11 +19,17 @@ from kubernetes import client
 from teefusion import launch
 from teefusion.cluster import Cluster
 from teefusion.errors import ClusterError, SettingsError, TrainingError
-from teefusion.files import write_json
+from teefusion.files import read_json, write_json
 from teefusion.jobs import run_job
+from teefusion.manifests import read_manifest
 from teefusion.settings import Settings, load_settings
+from teefusion.stages.ingest import ingest
+from teefusion.stages.targets import targets
+from teefusion.stages.train import train
+from teefusion.storage import FolderStore
 from teefusion.trainjobs import Work, build_trainjob, trainjob_name
 from tests.apiserver import NAMESPACE, ApiServer
+from tests.s3 import free_port
 
 JOBS = r"/trainjobs(\?|$)"
 WATCH = "watch=True"
@@ -72,7 +78,7 @@ def completes(server: ApiServer, name: str) -> None:
     server.start(name, nodes=2)
     server.say(f"{name}-node-0-0-a", "step 1", "step 2")
     server.say(f"{name}-node-0-1-a", "of the second node")
-    time.sleep(0.4)
+    time.sleep(0.2)
     server.say(f"{name}-node-0-0-a", "saved")
     for node in (0, 1):
         server.end(f"{name}-node-0-{node}-a")
@@ -127,6 +133,21 @@ def test_a_failed_job_tells_why_with_the_last_lines_of_the_pod_that_failed_first
     assert "out of memory\nCorrect that and run again" in told
     assert "peer closed" not in told
     assert server.jobs  # left to be looked at
+
+
+def test_what_torchrun_says_of_its_own_end_hides_no_reason(server: ApiServer) -> None:
+    def play(api: ApiServer, name: str) -> None:
+        pod = f"{name}-node-0-0-a"
+        api.start(name)
+        api.say(pod, "the loss is nan", "W0101 torch/distributed/elastic/multiprocessing/api.py:9] Sending SIGTERM")
+        api.say(pod, "E0101 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1) local_rank: 0")
+        api.say(pod, *["Traceback of torchrun"] * 200)
+        api.end(pod, code=1)
+        api.condition(name, "Failed")
+
+    server.plays = [play]
+    with pytest.raises(TrainingError, match="its last lines:\nthe loss is nan\nCorrect that"):
+        run(server)
 
 
 def test_a_failed_job_without_pods_says_so(server: ApiServer) -> None:
@@ -300,11 +321,21 @@ def test_a_restarted_jobs_new_pod_is_followed(server: ApiServer, messages: pytes
 def test_watches_that_break_off_are_taken_up_again(
     server: ApiServer, fate: str, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
+    def play(api: ApiServer, name: str) -> None:
+        _until(lambda: not api.watch_fates)
+        completes(api, name)
+
     monkeypatch.setattr("teefusion.jobs._SHORTEST_WATCH_S", 0.05)
-    server.watch_fates, server.plays = [fate] * 3, [completes]
+    server.watch_fates, server.plays = [fate] * 3, [play]
     run(server, poll_s=5)
-    assert not server.watch_fates
     assert shown(messages) == ["step 1", "step 2", "saved"]
+
+
+def test_the_end_is_learned_from_the_watch_and_not_at_the_next_look(server: ApiServer) -> None:
+    began, server.plays = time.monotonic(), [completes]
+    run(server, poll_s=60)
+    assert time.monotonic() - began < 30
+    assert server.count("GET", WATCH) == 1
 
 
 def test_an_api_that_is_away_for_a_while_is_waited_for(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,3 +560,97 @@ def test_folders_of_this_machine_are_refused_before_anything_is_asked(
     with pytest.raises(SettingsError, match=r"which the pods of a TrainJob cannot see. Set cluster.volume_claim"):
         launch.run_targets(shared.model_copy(update={"cluster": alone}), prompts=tmp_path / "p", output="s3://bucket/t")
     assert not server.requests
+
+
+# --- end to end: the double's pods really run ---------------------------------------------------------------------
+
+
+class Pods:
+    """Runs what a job's manifest says, a process a node, as Trainer's torch policy would start it."""
+
+    def __call__(self, server: ApiServer, name: str) -> None:
+        trainer = server.jobs[name]["spec"]["trainer"]
+        assert trainer["command"] == ["torchrun"]
+        server.start(name, nodes=trainer["numNodes"])
+        port = str(free_port())
+        nodes = [self._node(trainer, node, port) for node in range(trainer["numNodes"])]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+        for node, (process, output) in enumerate(zip(nodes, outputs, strict=True)):
+            server.say(f"{name}-node-0-{node}-a", *output.splitlines())
+            server.end(f"{name}-node-0-{node}-a", code=process.returncode)
+        failed = any(process.returncode for process in nodes)
+        server.condition(name, "Failed" if failed else "Complete")
+
+    def _node(self, trainer: dict[str, Any], node: int, port: str) -> subprocess.Popen[str]:
+        """One node, with the variables that tell torchrun where it is."""
+        pet = {
+            "PET_NNODES": str(trainer["numNodes"]),
+            "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
+            "PET_NODE_RANK": str(node),
+            "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": port,
+        }
+        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"]}
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *trainer["args"]],
+            env=os.environ | pet | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.mark.slow
+def test_stages_on_two_nodes_make_what_one_process_makes(
+    server: ApiServer,
+    make_settings: Callable[..., Settings],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: pytest.LogCaptureFixture,
+) -> None:
+    config = str(server.kubeconfig(tmp_path / "config"))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", config)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shared = {"cluster.volume_claim": "claim", "cluster.volume_path": str(tmp_path_factory.getbasetemp())}
+    here = make_settings()
+    there = make_settings({"workdir": tmp_path / "there", "cluster.nodes": 2, "cluster.poll_s": 0.5, **shared})
+    assert here.run_key == there.run_key
+    server.plays = [Pods(), Pods()]
+    records = {}
+    for run in (here, there):
+        prompts = Path(ingest(run).output)
+        made = targets(run, prompts)
+        assert not made.reused
+        student = train(run, prompts, made.output)
+        record = read_json(Path(student.output) / "training.json")
+        records[run.workdir.name] = (read_manifest(FolderStore(Path(made.output))), record)
+    (alone, one), (many, two) = records["work"], records["there"]
+    assert many == alone
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert two["guidance_residual"] == pytest.approx(one["guidance_residual"], rel=1e-3)
+    assert not server.plays
+    assert any("train: 6/6 step" in line for line in shown(messages))
+
+
+@pytest.mark.slow
+def test_what_a_rank_says_when_it_fails_is_in_the_error(
+    server: ApiServer, make_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(server.kubeconfig(tmp_path / "config"))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", config)
+    chosen = make_settings(
+        {
+            "cluster.launcher": "trainjob",
+            "cluster.volume_claim": "claim",
+            "cluster.volume_path": "/",
+            "cluster.poll_s": 0.5,
+        }
+    )
+    server.plays = [Pods()]
+    with pytest.raises(
+        TrainingError, match=r"node-0-0-a ended with exit code 1 \(Error\); its last lines:\n"
+    ) as caught:
+        launch.run_training(chosen, prompts=tmp_path / "p", targets=str(tmp_path / "none"), output=tmp_path / "out")
+    assert "is no finished target set: manifest.json is missing. Run 'teefusion targets' first." in str(caught.value)
+    assert "ChildFailedError" not in str(caught.value)
