@@ -14,16 +14,17 @@ from teefusion.settings import Settings
 
 
 def run_training(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
-    """Train and return the record; with one process in this one, else under ``torchrun --standalone``.
+    """Train and return the record; with one process in this one, else, and for ZeRO, under ``torchrun --standalone``.
 
     Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code.
     """
-    if settings.train.num_processes == 1:
+    if settings.train.num_processes == 1 and settings.train.zero_stage == 0:
         from teefusion.training import train
 
         return train(settings, prompts=prompts, targets=targets, output=output)
     arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
-    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments)
+    restarts = settings.train.max_restarts
+    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments, restarts=restarts)
     if code:
         raise TrainingError(f"Training under torchrun ended with exit code {code}; the reason is above.")
     record: dict[str, Any] = read_json(output / "training.json")
@@ -50,11 +51,14 @@ def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
         )
 
 
-def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str]) -> int:
-    """The exit code. What the ranks print goes to standard error: standard output is the command's result."""
+def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str], *, restarts: int = 0) -> int:
+    """The exit code. All ranks start again when one dies, ``restarts`` times at most.
+
+    What they print goes to standard error: standard output is the command's result.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.json"
         write_bytes(file, settings.to_json().encode())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", module, f"--settings={file}", *arguments]
+        command += [f"--max-restarts={restarts}", "-m", module, f"--settings={file}", *arguments]
         return subprocess.run(command, check=False, stdout=sys.stderr).returncode

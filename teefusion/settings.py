@@ -256,8 +256,21 @@ class TrainSettings(_Section):
     """Gradients are clipped to this norm."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Of the averaged weights, which are the student; 0 turns averaging off."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its states in 8 bits, by the library bitsandbytes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; master weights are float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 is plain data parallel, 1 shares the optimizer's states among the ranks, 2 gradients too, 3
+    weights too. The same steps are taken, but for rounding."""
+    offload: bool = False
+    """ZeRO: whether the optimizer's states (and at stage 3 the weights) lie in main memory."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass: a third more time, far less memory."""
+    compile: bool = False
+    """Whether the transformer is compiled (torch.compile)."""
+    max_skipped_steps: int = Field(default=5, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than so many in a row stop the run."""
     states: Literal["stored", "student"] = "stored"
     """`stored`: those of the target set. `student`: those that the student itself reaches from noise, with the teacher
     asked while training; its prompts and guidance scales are the target set's."""
@@ -276,10 +289,19 @@ class TrainSettings(_Section):
     """Of the order of states."""
     num_processes: int = Field(default=1, gt=0)
     """Ranks on this machine; above 1 the stage runs under torchrun."""
+    max_restarts: int = Field(default=3, ge=0)
+    """torchrun: how often all ranks start again, from the last checkpoint, when one of them dies."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "checkpoint_every", "keep_checkpoints", "num_processes"}
+        {"max_restarts", "log_every", "checkpoint_every", "keep_checkpoints", "num_processes", "max_skipped_steps"}
+        | {"zero_stage", "offload", "gradient_checkpointing", "compile"}
     )
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
