@@ -23,7 +23,11 @@ Make = Callable[..., Settings]
 MISSING = importlib.util.find_spec("deepspeed") is None or not shutil.which("c++")
 TWO = {"train.num_processes": 2, "train.max_restarts": 0, "train.log_every": 1, "train.steps": 8}
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason="needs DeepSpeed and a C++ compiler")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(MISSING, reason="needs DeepSpeed and a C++ compiler"),
+]
 
 
 def losses(record: dict[str, Any]) -> torch.Tensor:
