@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from teefusion.errors import PromptError
-from teefusion.files import write_bytes
+from teefusion.errors import IntegrityError, PromptError
+from teefusion.files import read_json, write_bytes, write_json
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt
@@ -62,11 +62,17 @@ class Sampler:
         self.pictures += len(prompts)
         return images
 
+    def count(self, pictures: int, *, seconds: float, forwards: int) -> None:
+        """Count a batch that was drawn earlier; ``seconds`` a picture."""
+        self.seconds.append(seconds)
+        self.pictures += pictures
+        self.forwards += forwards
+
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
         """A call that is not counted: the first one pays for allocation and kernels' selection."""
+        before = list(self.seconds), self.pictures, self.forwards
         self(prompts)
-        self.seconds.clear()
-        self.pictures = self.forwards = 0
+        self.seconds, self.pictures, self.forwards = before
 
     @property
     def nfe(self) -> float:
@@ -129,24 +135,67 @@ def choose_prompts(heldout: Sequence[Prompt], options: EvaluateSettings) -> list
 
 
 def score_rows(
-    rows: dict[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], options: EvaluateSettings, folder: Path
+    rows: dict[str, Sampler],
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    options: EvaluateSettings,
+    folder: Path,
+    *,
+    records: Path | None = None,
 ) -> dict[str, list[float]]:
-    """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``."""
+    """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``.
+
+    Pictures are scored as they are made, a batch of each row at a time. With ``records``, a folder that belongs to
+    this very comparison, each batch is recorded there, and one that is recorded is not made again. Raises ScorerError,
+    StorageError, and IntegrityError for a record of another comparison.
+    """
     scores: dict[str, list[float]] = {row: [] for row in rows}
-    for sampler in rows.values():
-        sampler.warm_up(prompts[: min(options.batch_size, _WARM_UP_PICTURES)])
-    position = 0
+    warm = False
     with Progress("evaluate", total=len(prompts) * len(rows), unit="picture") as progress:
-        for batch in _batches(prompts, options.batch_size):
-            for row, sampler in rows.items():
-                images = sampler(batch)
-                scores[row] += scorer.score(images, [prompt.text for prompt in batch])
-                for offset, (prompt, image) in enumerate(zip(batch, images, strict=True)):
-                    name = f"{position + offset:05d}.png"
-                    write_bytes(folder / "pictures" / row / prompt.style / name, png_bytes(image))
-                progress.advance(len(batch))
-            position += len(batch)
+        for position, batch in _batches(prompts, options.batch_size):
+            file = records / f"{position:05d}.json" if records else None
+            if file is not None and file.exists():
+                done = _read_record(file, rows, batch)
+                for row, sampler in rows.items():
+                    sampler.count(len(batch), seconds=done[row]["seconds"], forwards=done[row]["forwards"])
+                progress.advance(len(batch) * len(rows))
+            else:
+                if not warm:
+                    for sampler in rows.values():
+                        sampler.warm_up(prompts[: min(options.batch_size, _WARM_UP_PICTURES)])
+                    warm = True
+                done = {}
+                for row, sampler in rows.items():
+                    done[row] = _score_batch(sampler, scorer, batch, folder / "pictures" / row, position)
+                    progress.advance(len(batch))
+                if file is not None:  # after the pictures: a record says that they are there
+                    write_json(file, {"prompts": [prompt.digest for prompt in batch], "rows": done})
+            for row in rows:
+                scores[row] += done[row]["scores"]
     return scores
+
+
+def _score_batch(
+    sampler: Sampler, scorer: Scorer, batch: Sequence[Prompt], folder: Path, position: int
+) -> dict[str, Any]:
+    """Draw, score and keep a batch of one row; what was measured, JSON-ready."""
+    before = sampler.forwards
+    images = sampler(batch)
+    scores = scorer.score(images, [prompt.text for prompt in batch])
+    for k, (prompt, image) in enumerate(zip(batch, images, strict=True), start=position):
+        write_bytes(folder / prompt.style / f"{k:05d}.png", png_bytes(image))
+    return {"scores": scores, "seconds": sampler.seconds[-1], "forwards": sampler.forwards - before}
+
+
+def _read_record(file: Path, rows: Iterable[str], batch: Sequence[Prompt]) -> dict[str, Any]:
+    """What ``_score_batch`` measured, by row."""
+    record = read_json(file)
+    if record["prompts"] != [prompt.digest for prompt in batch] or set(record["rows"]) != set(rows):
+        raise IntegrityError(
+            f"{file} was scored on other prompts or rows than this evaluation's. Delete its folder and evaluate again."
+        )
+    made: dict[str, Any] = record["rows"]
+    return made
 
 
 def guidance_sweep(
@@ -162,9 +211,10 @@ def guidance_sweep(
     return sweep
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """Batches, each with the position of its first prompt."""
     for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+        yield start, prompts[start : start + size]
 
 
 def _noise_seed(seed: int, prompt: Prompt) -> int:

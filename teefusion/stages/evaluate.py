@@ -75,7 +75,7 @@ def _compare(
     pipeline = load_student(student, device=teacher.device, dtype=teacher.pipeline.transformer.dtype)
     scorer = load_scorer(source, device=resolve_device(settings.device))
     rows = evaluation.samplers(settings, teacher, pipeline)
-    scores = evaluation.score_rows(rows, scorer, chosen, options, output)
+    scores = evaluation.score_rows(rows, scorer, chosen, options, output, records=output / "scored")
     styles = tuple(prompt.style for prompt in chosen)
     texts = tuple(prompt.text for prompt in chosen)
     verdict = decide(
