@@ -324,6 +324,11 @@ class EvaluateSettings(_Section):
     """Prompts in the report's grid."""
     seed: int = Field(default=1, ge=0)
     """Of the initial noise, one generator a prompt."""
+    num_processes: int = Field(default=1, gt=0)
+    """Processes on this machine that make and score pictures, one a GPU; above 1 they run under torchrun. On a shared
+    device they slow each other down, which the measured seconds show."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"num_processes"})
 
     @model_validator(mode="after")
     def _scorer_is_possible(self) -> Self:

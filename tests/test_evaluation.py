@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from teefusion.errors import IntegrityError
+from teefusion import comparison, launch
+from teefusion.errors import IntegrityError, TeEFusionError
 from teefusion.evaluation import Sampler, score_rows
 from teefusion.prompts import Prompt
 from teefusion.settings import EvaluateSettings
@@ -69,12 +73,12 @@ def test_a_killed_evaluation_does_not_make_or_score_again_what_was_scored(tmp_pa
     records, first = tmp_path / "scored", LengthScorer(fatal=3)  # in the student's part of the second batch
     with pytest.raises(Killed):
         score_rows(rows([]), first, PROMPTS, OPTIONS, tmp_path, records=records)
-    assert [path.name for path in records.iterdir()] == ["00000.json"]
+    assert [path.name for path in records.glob("*.json")] == ["00000.json"]
 
     drawn: list[str] = []
     again, samplers = LengthScorer(), rows(drawn)
     scores = score_rows(samplers, again, PROMPTS, OPTIONS, tmp_path, records=records)
-    assert again.asked == ["aaa", "aaaa", "aaa", "aaaa", "aaaaa", "aaaaa"]
+    assert sorted(again.asked) == ["aaa", "aaa", "aaaa", "aaaa", "aaaaa", "aaaaa"]
     assert scores == {row: [1.0, 2.0, 3.0, 4.0, 5.0] for row in ("teacher", "student")}
     assert (samplers["teacher"].nfe, samplers["teacher"].pictures, len(samplers["teacher"].seconds)) == (1.0, 5, 3)
     names = sorted(path.relative_to(tmp_path / "pictures" / "student") for path in tmp_path.rglob("student/*/*.png"))
@@ -82,6 +86,19 @@ def test_a_killed_evaluation_does_not_make_or_score_again_what_was_scored(tmp_pa
         *(f"anime/0000{k}.png" for k in range(3)),
         *(f"photo/0000{k}.png" for k in (3, 4)),
     ]
+
+
+def test_two_processes_share_the_batches_and_both_have_all_scores(tmp_path: Path) -> None:
+    """Threads here: what they share is the folder, as processes do."""
+    scorers = [LengthScorer(), LengthScorer()]
+
+    def score(scorer: LengthScorer) -> dict[str, list[float]]:
+        return score_rows(rows([]), scorer, PROMPTS * 8, OPTIONS, tmp_path, records=tmp_path / "scored")
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(score, scorers))
+    assert both[0] == both[1] == {row: [1.0, 2.0, 3.0, 4.0, 5.0] * 8 for row in ("teacher", "student")}
+    assert len(list((tmp_path / "scored").glob("*.json"))) == 20
 
 
 def test_nothing_is_drawn_where_all_was_scored(tmp_path: Path) -> None:
@@ -104,11 +121,62 @@ def test_without_a_folder_for_records_none_are_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.json"))
 
 
+Evaluated = tuple[Any, Path, Path]
+
+
+@pytest.fixture
+def trained(make_settings: Any) -> Evaluated:
+    """Settings with two processes, prompt set, student."""
+    settings = make_settings({"train.steps": 2, "evaluate.num_processes": 2})
+    prompts = Path(ingest(settings).output)
+    return settings, prompts, Path(train(settings, prompts, targets(settings, prompts).output).details["student"])
+
+
+def test_the_stage_takes_what_its_processes_scored(trained: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def torchrun(settings: Any, processes: int, module: str, arguments: list[str]) -> int:
+        file = settings.workdir / "settings.json"
+        file.write_text(settings.to_json())
+        monkeypatch.setattr(sys, "argv", [module, f"--settings={file}", *arguments])
+        comparison.main()
+        started.append((processes, module))
+        return 0
+
+    monkeypatch.setattr(launch, "_torchrun", torchrun)
+    result = evaluate(*trained)
+    assert started == [(2, "teefusion.comparison")]
+    stored = [json.loads(path.read_text()) for path in sorted(Path(result.output).glob("scored/*.json"))]
+    of_workers = [score for record in stored for score in record["rows"]["student"]["scores"]]
+    shown = json.loads((Path(result.output) / "evaluation.json").read_text())["per_prompt"]
+    assert [prompt["student"] for prompt in shown] == of_workers
+    assert not list(Path(result.output).glob("scored/claims/*"))
+    assert result.details["nfe"] == {"unguided": 4, "teacher": 8, "student": 4}
+
+
+def test_processes_that_fail_end_the_stage(trained: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_torchrun", lambda *_: 1)
+    with pytest.raises(TeEFusionError, match="Scoring under torchrun ended with exit code 1"):
+        evaluate(*trained)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_score_what_one_does(trained: Evaluated) -> None:
+    settings, prompts, student = trained
+    two = evaluate(settings, prompts, student)
+    shutil.rmtree(two.output)
+    alone = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"num_processes": 1})})
+    one = evaluate(alone, prompts, student)
+    assert one.output == two.output  # how many took part is no part of what it is
+    assert {row: value["overall"]["mean"] for row, value in one.details["scores"].items()} == pytest.approx(
+        {row: value["overall"]["mean"] for row, value in two.details["scores"].items()}, abs=0.01
+    )
+    assert one.details["nfe"] == two.details["nfe"]
+
+
 def test_a_result_names_its_scorer_and_an_exchanged_scorer_is_another_evaluation(
     make_settings: Any, tiny_scorer: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     scorer = Path(shutil.copytree(tiny_scorer, tmp_path / "scorer"))
     settings = make_settings(
         {"train.steps": 2, "evaluate.scorer": f"pickscore:{scorer}", "evaluate.transparency": "refuse"}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from teefusion.files import content_key, read_json, write_bytes, write_json
 from teefusion.gate import Evidence, decide
 from teefusion.group_means import BenchmarkScore, benchmark_score
-from teefusion.prompts import load_prompt_set
 from teefusion.scorer_sources import ScorerSource, scorer_of
 from teefusion.settings import Settings
 from teefusion.workspace import StageResult, Workspace, require
@@ -62,20 +61,13 @@ def _compare(
     settings: Settings, prompts: Path, student: Path, training: dict[str, Any], source: ScorerSource, output: Path
 ) -> None:
     """Make pictures, score them, decide; ``evaluation.json`` is written last."""
-    from teefusion import evaluation
-    from teefusion.devices import resolve_device
-    from teefusion.scoring import load_scorer
-    from teefusion.students import load_student
-    from teefusion.teachers import load_teacher
-    from teefusion.weights import with_weights
+    from teefusion.comparison import open_comparison
+    from teefusion.launch import run_scoring
 
-    options = settings.evaluate
-    chosen = evaluation.choose_prompts(load_prompt_set(prompts).heldout, options)
-    teacher = with_weights(load_teacher(settings.teacher, device=settings.device), settings.strategy)
-    pipeline = load_student(student, device=teacher.device, dtype=teacher.pipeline.transformer.dtype)
-    scorer = load_scorer(source, device=resolve_device(settings.device))
-    rows = evaluation.samplers(settings, teacher, pipeline)
-    scores = evaluation.score_rows(rows, scorer, chosen, options, output, records=output / "scored")
+    run_scoring(settings, prompts=prompts, student=student, output=output)
+    compared = open_comparison(settings, prompts, student, output, source)
+    rows, chosen = compared.rows, list(compared.prompts)
+    scores = compared.score()
     styles = tuple(prompt.style for prompt in chosen)
     texts = tuple(prompt.text for prompt in chosen)
     verdict = decide(
@@ -102,11 +94,12 @@ def _compare(
         "seconds_per_image": {row: rows[row].timing() for row in rows},
         "guidance_residual": training["guidance_residual"],
         "gate": verdict.to_dict(),
-        "scorer": scorer.describe(),
+        "scorer": compared.scorer.describe(),
         "training": training,
     }
     write_bytes(output / "report.html", _report(settings, rows, chosen, verdict, result).encode())
     write_json(output / RESULT, result)
+    compared.forget_claims()
 
 
 def _by_style(values: list[float], prompts: list[Prompt]) -> dict[str, dict[str, float]]:
