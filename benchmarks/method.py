@@ -144,10 +144,11 @@ def make(row: Row, seed: int, options: argparse.Namespace) -> Made:
 def measure(row: Row, seed: int, options: argparse.Namespace) -> Result:
     """Draw and score a row's pictures; its time is taken by ``take_time``."""
     from teefusion.evaluation import score_rows
+    from teefusion.scorer_sources import scorer_of
     from teefusion.scoring import load_scorer
 
     made = make(row, seed, options)
-    scorer = load_scorer(made.settings.evaluate.scorer, device=made.device)
+    scorer = load_scorer(scorer_of(made.settings), device=made.device)
     pictures = options.workdir / "rows" / f"{row.name}-{seed}"
     scores = score_rows({row.name: made.sampler}, scorer, made.prompts, made.settings.evaluate, pictures)[row.name]
     styles = {

@@ -51,6 +51,21 @@ def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
         )
 
 
+def run_scoring(settings: Settings, *, prompts: Path, student: Path, output: Path) -> None:
+    """Have several processes score an evaluation's pictures; with one there is nothing to do before the stage itself.
+
+    Raises TeEFusionError naming torchrun's exit code.
+    """
+    if settings.evaluate.num_processes == 1:
+        return
+    arguments = [f"--prompts={prompts}", f"--student={student}", f"--output={output}"]
+    code = _torchrun(settings, settings.evaluate.num_processes, "teefusion.comparison", arguments)
+    if code:
+        raise TeEFusionError(
+            f"Scoring under torchrun ended with exit code {code}; the reason is above. Scored batches are kept."
+        )
+
+
 def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str], *, restarts: int = 0) -> int:
     """The exit code. All ranks start again when one dies, ``restarts`` times at most.
 

@@ -19,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from teefusion.errors import SettingsError, TeacherError
+from teefusion.errors import ScorerError, SettingsError, TeacherError
 from teefusion.files import canonical_json, content_key
+from teefusion.scorer_names import DEFAULT_TOKENIZER, HpsVersion, Transparency, hps_version, parse_scorer
 
 ENV_PREFIX = "TEEFUSION_"
 # Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the progress terminal.
@@ -318,7 +319,19 @@ class EvaluateSettings(_Section):
     """The paired comparison of student and teacher."""
 
     scorer: str = "bundled:shapes"
-    """A transformers CLIP folder, or `bundled:shapes`."""
+    """`hps:` and the path or s3:// URI of a published HPS checkpoint, or v2.0 or v2.1 for those on the hub; `clip:`
+    (CLIPScore) or `pickscore:` and a transformers CLIP folder or hub id; `bundled:shapes`; or a transformers CLIP
+    folder, whose pictures are prepared as HPS's are."""
+    scorer_version: HpsVersion | None = None
+    """Of an HPS checkpoint whose file name does not say."""
+    scorer_revision: str | None = None
+    """Commit of a scorer on the hub; none is the newest."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """CLIP's tokenizer for weights that come without one, as HPS's do: a folder or hub id."""
+    antialias: bool = True
+    """Whether pictures are antialiased when they are made smaller for the scorer. HPS's scores depend on it."""
+    transparency: Transparency = "white"
+    """Of pictures with an alpha channel: composited over white, or refused where they are not opaque."""
     guidance_scale: float = Field(default=4.0, ge=1, le=100)
     """s of teacher and student in the comparison."""
     num_steps: int | None = Field(default=None, ge=2, le=1000)
@@ -333,6 +346,25 @@ class EvaluateSettings(_Section):
     """Prompts in the report's grid."""
     seed: int = Field(default=1, ge=0)
     """Of the initial noise, one generator a prompt."""
+    num_processes: int = Field(default=1, gt=0)
+    """Processes on this machine that make and score pictures, one a GPU; above 1 they run under torchrun. On a shared
+    device they slow each other down, which the measured seconds show."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"num_processes"})
+
+    @model_validator(mode="after")
+    def _scorer_is_possible(self) -> Self:
+        try:
+            scorer = parse_scorer(self.scorer)
+            if scorer.kind == "hps":
+                hps_version(scorer.location, self.scorer_version)
+        except ScorerError as error:
+            raise ValueError(str(error)) from error
+        if scorer.kind != "hps" and self.scorer_version is not None:
+            raise ValueError(f"scorer_version is of hps: scorers alone, and scorer is {self.scorer!r}: unset it")
+        if scorer.kind in ("clip", "pickscore") and not self.antialias:
+            raise ValueError(f"antialias is off, but {scorer.kind}: was published with it: set it to true")
+        return self
 
 
 class GateSettings(_Section):
