@@ -18,7 +18,7 @@ INSTALLED_DEEPSPEED := $(VENV)/.installed-deepspeed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install install-dev deepspeed test test-slow lint format wheel clean
+.PHONY: help demo install install-dev deepspeed test test-slow test-zero lint format wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(INSTALLED_DEV)  ## Run the tests that take seconds
 
 test-slow: $(INSTALLED_DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-zero: $(INSTALLED_DEV) $(INSTALLED_DEEPSPEED)  ## Run the tests of DeepSpeed ZeRO; they take a C++ compiler
+	$(BIN)/python -m pytest -m slow tests/test_zero.py
 
 lint: $(INSTALLED_DEV)  ## Check style, format and types
 	$(BIN)/ruff check .

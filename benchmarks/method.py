@@ -144,10 +144,11 @@ def make(row: Row, seed: int, options: argparse.Namespace) -> Made:
 def measure(row: Row, seed: int, options: argparse.Namespace) -> Result:
     """Draw and score a row's pictures; its time is taken by ``take_time``."""
     from teefusion.evaluation import score_rows
+    from teefusion.scorer_sources import scorer_of
     from teefusion.scoring import load_scorer
 
     made = make(row, seed, options)
-    scorer = load_scorer(made.settings.evaluate.scorer, device=made.device)
+    scorer = load_scorer(scorer_of(made.settings), device=made.device)
     pictures = options.workdir / "rows" / f"{row.name}-{seed}"
     scores = score_rows({row.name: made.sampler}, scorer, made.prompts, made.settings.evaluate, pictures)[row.name]
     styles = {
@@ -175,14 +176,19 @@ def take_time(row: Row, seed: int, options: argparse.Namespace) -> float:
     return float(made.sampler.seconds[0])
 
 
-def measured(row: Row, seed: int, options: argparse.Namespace) -> Result:
-    """The measurement, taken or found. It is kept under what determines it."""
+def measured(row: Row, seed: int, options: argparse.Namespace) -> Result | None:
+    """The measurement, taken or found; none where it is not there and only such are asked for.
+
+    It is kept under what determines it.
+    """
     from teefusion.files import content_key, read_json, write_json
 
-    where = ("workdir", "output", "rows", "seeds", "untimed", "json")
+    where = ("workdir", "output", "rows", "seeds", "untimed", "found", "json")
     asked = {name: value for name, value in vars(options).items() if name not in where}
     file = options.workdir / "rows" / f"{content_key([asdict(row), seed, asked])}.json"
     if not file.exists():
+        if options.found:
+            return None
         values = asdict(measure(row, seed, options))
         write_json(file, {name: value for name, value in values.items() if name != "seconds_per_image"})
     return Result(**read_json(file), seconds_per_image=math.nan)
@@ -250,6 +256,7 @@ def main() -> None:
     parser.add_argument(
         "--untimed", action="store_true", help="make and score the rows, and leave the tables for later"
     )
+    parser.add_argument("--found", action="store_true", help="make the tables of what WORK already holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     chosen = [row for row in rows(options.num_steps, options.guidance_scale) if re.search(options.rows, row.name)]
@@ -259,12 +266,11 @@ def main() -> None:
 
     setup_logging()
     # Seed by seed, so that a run that is stopped early has whole tables.
-    order = [(row, seed) for seed in range(options.seeds) for row in chosen]
-    results = [measured(row, seed, options) for row, seed in order]
+    asked = [(row, seed) for seed in range(options.seeds) for row in chosen]
+    found = [(row, seed, result) for row, seed in asked if (result := measured(row, seed, options))]
     if options.untimed:
         return
-    seconds = [take_time(row, seed, options) for row, seed in order]
-    results = [replace(result, seconds_per_image=taken) for result, taken in zip(results, seconds, strict=True)]
+    results = [replace(result, seconds_per_image=take_time(row, seed, options)) for row, seed, result in found]
     results.sort(key=lambda result: [row.name for row in chosen].index(result.row))
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "method.csv").open("w", newline="") as file:

@@ -40,7 +40,7 @@ def make_set(folder: Path, gigabytes: float) -> Any:
     for k in range(max(1, round(gigabytes * 2**30 / one))):
         rows = {name: torch.randn(_ROWS, *_SHAPE, generator=generator).half() for name in ("x", "velocity")}
         rows |= {name: torch.rand(_ROWS, generator=generator) for name in ("sigma", "guidance", "guidance_gap")}
-        rows["prompt"] = torch.zeros(_ROWS, dtype=torch.int64)
+        rows |= {name: torch.zeros(_ROWS, dtype=torch.int64) for name in ("prompt", "trajectory", "step")}
         records.append(write_tensors(store, f"states/train-{k:05d}", rows))
     text = {"tokens": torch.zeros(1, 1, 8), "pooled": torch.zeros(1, 8)}
     split = SplitRecord(

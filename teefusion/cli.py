@@ -45,7 +45,11 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "learning-rate": ("train.learning_rate", float, "Peak learning rate."),
     "processes": ("train.num_processes", int, "Training ranks on this machine."),
     "guidance-scale": ("evaluate.guidance_scale", float, "Guidance of teacher and student in the comparison."),
-    "scorer": ("evaluate.scorer", str, "A transformers CLIP folder.  [default: the preset's]"),
+    "scorer": (
+        "evaluate.scorer",
+        str,
+        "hps:FILE, clip:FOLDER, pickscore:FOLDER, or a CLIP folder.  [default: the preset's]",
+    ),
     "model-name": ("mlflow.model_name", str, "Registered model.  [default: teefusion-TEACHER]"),
     "tracking-uri": ("mlflow.tracking_uri", str, "MLflow server.  [default: SQLite in the workdir]"),
     "device": ("device", str, "auto, cpu, cuda, cuda:1, ...  [default: auto]"),

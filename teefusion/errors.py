@@ -11,6 +11,7 @@
     ├── IntegrityError          stored data is not what its manifest says; never used
     ├── ScorerError             a scorer could not be loaded, or an image could not be scored
     ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
+    │   └── InterruptedRunError exit code 75: told to stop, and ready to be started again
     ├── ClusterError            Kubernetes cannot be reached, or refuses
     ├── TrackingError           the MLflow server cannot be reached or refuses
     └── PipelineError           a stage of the pipeline failed; its own message is above
@@ -65,6 +66,12 @@ class ScorerError(TeEFusionError):
 
 class TrainingError(TeEFusionError):
     """Training cannot go on."""
+
+
+class InterruptedRunError(TrainingError):
+    """A run was told to stop (SIGTERM) and left a checkpoint; the exit code is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
 
 
 class ClusterError(TeEFusionError):

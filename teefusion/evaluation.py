@@ -7,9 +7,10 @@ so that a machine that slows down slows all alike; seconds include text encoding
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,22 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from teefusion.errors import PromptError
-from teefusion.files import write_bytes
+from teefusion.claims import work_through
+from teefusion.errors import IntegrityError, PromptError
+from teefusion.files import json_bytes, read_json, write_bytes
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt
 from teefusion.sampling import sample
 from teefusion.scoring import Scorer
 from teefusion.settings import EvaluateSettings, Settings
+from teefusion.storage import FolderStore
 from teefusion.strategies import TEACHER, make_strategy
 from teefusion.teachers import Teacher
 
 _WARM_UP_PICTURES = 8
 ROWS = ("unguided", "teacher", "student")
+_Record = dict[str, dict[str, Any]]  # by row, what ``_score_batch`` measured
 Draw = Callable[[list[str], float, list[torch.Generator]], list[Image]]
 """Pictures of prompts at a guidance scale, one generator of noise each."""
 
@@ -65,8 +69,18 @@ class Sampler:
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
         """A call that is not counted: the first one pays for allocation and kernels' selection."""
         self(prompts)
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """Forget what was counted."""
         self.seconds.clear()
         self.pictures = self.forwards = 0
+
+    def count(self, pictures: int, seconds: float, forwards: int) -> None:
+        """Count a batch, whoever drew it; ``seconds`` a picture."""
+        self.seconds.append(seconds)
+        self.pictures += pictures
+        self.forwards += forwards
 
     @property
     def nfe(self) -> float:
@@ -129,24 +143,106 @@ def choose_prompts(heldout: Sequence[Prompt], options: EvaluateSettings) -> list
 
 
 def score_rows(
-    rows: dict[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], options: EvaluateSettings, folder: Path
+    rows: dict[str, Sampler],
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    options: EvaluateSettings,
+    folder: Path,
+    *,
+    records: Path | None = None,
 ) -> dict[str, list[float]]:
-    """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``."""
-    scores: dict[str, list[float]] = {row: [] for row in rows}
-    for sampler in rows.values():
-        sampler.warm_up(prompts[: min(options.batch_size, _WARM_UP_PICTURES)])
-    position = 0
-    with Progress("evaluate", total=len(prompts) * len(rows), unit="picture") as progress:
-        for batch in _batches(prompts, options.batch_size):
-            for row, sampler in rows.items():
-                images = sampler(batch)
-                scores[row] += scorer.score(images, [prompt.text for prompt in batch])
-                for offset, (prompt, image) in enumerate(zip(batch, images, strict=True)):
-                    name = f"{position + offset:05d}.png"
-                    write_bytes(folder / "pictures" / row / prompt.style / name, png_bytes(image))
-                progress.advance(len(batch))
-            position += len(batch)
-    return scores
+    """Scores a prompt for each row; every picture is kept as ``folder/pictures/<row>/<style>/<index>.png``.
+
+    Pictures are scored as they are made, a batch of each row at a time; forwards and seconds are then those of every
+    batch. With ``records``, a folder that belongs to this very comparison, each batch is recorded there, one that is
+    recorded is not made again, and any number of processes share them out. Raises ScorerError, StorageError, and
+    IntegrityError for a record of another comparison.
+    """
+    batches = {f"{start:05d}.json": (start, batch) for start, batch in _batches(prompts, options.batch_size)}
+    store = FolderStore(records) if records else None
+    maker = _Maker(rows, scorer, folder, prompts[: min(options.batch_size, _WARM_UP_PICTURES)])
+
+    def find(name: str) -> _Record | None:
+        return None if store is None or store.size(name) is None else _read_record(store, name, rows, batches[name][1])
+
+    def make(name: str) -> _Record:
+        start, batch = batches[name]
+        record = maker.make(batch, start)
+        if store is not None:  # after the pictures: a record says that they are there
+            store.write(name, json_bytes({"prompts": [prompt.digest for prompt in batch], "rows": record}))
+        return record
+
+    total, first = len(prompts) * len(rows), os.environ.get("RANK", "0") == "0"
+    with Progress("evaluate", total=total, unit="picture", enabled=first) as progress:
+
+        def found(record: _Record, made: bool) -> None:
+            progress.advance(sum(len(row["scores"]) for row in record.values()))
+
+        done = _work(store, list(batches), find, make, found)
+    for row, sampler in rows.items():
+        sampler.start_counting()
+        for record in done.values():
+            sampler.count(len(record[row]["scores"]), record[row]["seconds"], record[row]["forwards"])
+    return {row: [score for record in done.values() for score in record[row]["scores"]] for row in rows}
+
+
+def _work(
+    store: FolderStore | None,
+    names: Sequence[str],
+    find: Callable[[str], _Record | None],
+    make: Callable[[str], _Record],
+    found: Callable[[_Record, bool], None],
+) -> dict[str, _Record]:
+    """Every batch's record, in order; without a store made here, one after the other."""
+    if store is not None:
+        return work_through(store, names, find, make, found=found)
+    done = {}
+    for name in names:
+        done[name] = make(name)
+        found(done[name], True)
+    return done
+
+
+class _Maker:
+    """Makes batches, after a first one that is not counted."""
+
+    def __init__(self, rows: Mapping[str, Sampler], scorer: Scorer, folder: Path, first: Sequence[Prompt]) -> None:
+        self._rows, self._scorer, self._folder, self._first = rows, scorer, folder, first
+        self._warm = False
+
+    def make(self, batch: Sequence[Prompt], start: int) -> _Record:
+        """Draw, score and keep a batch of every row."""
+        if not self._warm:
+            for sampler in self._rows.values():
+                sampler.warm_up(self._first)
+            self._warm = True
+        return {
+            row: _score_batch(sampler, self._scorer, batch, self._folder / "pictures" / row, start)
+            for row, sampler in self._rows.items()
+        }
+
+
+def _score_batch(
+    sampler: Sampler, scorer: Scorer, batch: Sequence[Prompt], folder: Path, position: int
+) -> dict[str, Any]:
+    """Draw, score and keep a batch of one row; what was measured, JSON-ready."""
+    before = sampler.forwards
+    images = sampler(batch)
+    scores = scorer.score(images, [prompt.text for prompt in batch])
+    for k, (prompt, image) in enumerate(zip(batch, images, strict=True), start=position):
+        write_bytes(folder / prompt.style / f"{k:05d}.png", png_bytes(image))
+    return {"scores": scores, "seconds": sampler.seconds[-1], "forwards": sampler.forwards - before}
+
+
+def _read_record(store: FolderStore, name: str, rows: Iterable[str], batch: Sequence[Prompt]) -> _Record:
+    record = read_json(store.folder / name)
+    if record["prompts"] != [prompt.digest for prompt in batch] or set(record["rows"]) != set(rows):
+        raise IntegrityError(
+            f"{store.where(name)} was scored on other prompts or rows than this evaluation's. Delete its folder and "
+            "evaluate again."
+        )
+    made: _Record = record["rows"]
+    return made
 
 
 def guidance_sweep(
@@ -162,9 +258,10 @@ def guidance_sweep(
     return sweep
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """Batches, each with the position of its first prompt."""
     for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+        yield start, prompts[start : start + size]
 
 
 def _noise_seed(seed: int, prompt: Prompt) -> int:

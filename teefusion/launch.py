@@ -19,7 +19,7 @@ _PUBLISHED_PATIENCE_S = 90.0  # network file systems may remember for a minute t
 
 
 def run_training(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
-    """Train and return the record: in this process, under ``torchrun --standalone``, or as a TrainJob.
+    """Train and return the record: in this process, by ``torchrun --standalone`` (ZeRO always), or as a TrainJob.
 
     Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code; from a TrainJob what
     ``jobs.run_job`` raises, and SettingsError where its pods could not reach the folders.
@@ -28,12 +28,13 @@ def run_training(settings: Settings, *, prompts: Path, targets: str, output: Pat
         paths = {"prompts": str(prompts), "targets": targets, "output": str(output)}
         _trainjob(settings, "train", "teefusion.training", paths)
         return _published_record(output / "training.json")
-    if settings.train.num_processes == 1:
+    if settings.train.num_processes == 1 and settings.train.zero_stage == 0:
         from teefusion.training import train
 
         return train(settings, prompts=prompts, targets=targets, output=output)
     arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
-    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments)
+    restarts = settings.train.max_restarts
+    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments, restarts=restarts)
     if code:
         raise TrainingError(f"Training under torchrun ended with exit code {code}; the reason is above.")
     record: dict[str, Any] = read_json(output / "training.json")
@@ -66,13 +67,31 @@ def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
         )
 
 
-def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str]) -> int:
-    """The exit code. What the ranks print goes to standard error: standard output is the command's result."""
+def run_scoring(settings: Settings, *, prompts: Path, student: Path, output: Path) -> None:
+    """Have several processes score an evaluation's pictures; with one there is nothing to do before the stage itself.
+
+    Raises TeEFusionError naming torchrun's exit code.
+    """
+    if settings.evaluate.num_processes == 1:
+        return
+    arguments = [f"--prompts={prompts}", f"--student={student}", f"--output={output}"]
+    code = _torchrun(settings, settings.evaluate.num_processes, "teefusion.comparison", arguments)
+    if code:
+        raise TeEFusionError(
+            f"Scoring under torchrun ended with exit code {code}; the reason is above. Scored batches are kept."
+        )
+
+
+def _torchrun(settings: Settings, processes: int, module: str, arguments: list[str], *, restarts: int = 0) -> int:
+    """The exit code. All ranks start again when one dies, ``restarts`` times at most.
+
+    What they print goes to standard error: standard output is the command's result.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.json"
         write_bytes(file, settings.to_json().encode())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", module, f"--settings={file}", *arguments]
+        command += [f"--max-restarts={restarts}", "-m", module, f"--settings={file}", *arguments]
         return subprocess.run(command, check=False, stdout=sys.stderr).returncode
 
 

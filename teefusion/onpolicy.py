@@ -8,6 +8,7 @@ Axes: B = states in a batch, C, H, W = latent channels and size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -57,4 +58,11 @@ class OnPolicyStream:
         step = self._strategy.step(self._teacher.denoiser(text, self._null), grid, x_BCHW, i, s_B)
         velocity_BCHW = effective_velocity(grid, x_BCHW, step.x_next_BCHW, i)
         gap_B = (velocity_BCHW - step.conditional_BCHW).square().mean(dim=(1, 2, 3))
-        return States(x_BCHW, velocity_BCHW, grid.sigmas[i].expand(len(s_B)), s_B, gap_B, text)
+        return dataclasses.replace(
+            states,
+            x_BCHW=x_BCHW,
+            velocity_BCHW=velocity_BCHW,
+            sigma_B=grid.sigmas[i].expand(len(s_B)),
+            gap_B=gap_B,
+            step_B=torch.full_like(states.step_B, i),
+        )

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from teefusion.gate import OVERALL, Interval, Verdict
+from teefusion.group_means import BenchmarkScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,6 +98,10 @@ class ReportData:
     seconds_per_image: Mapping[str, Timing]
     """By row."""
     guidance_residual: float
+    scorer_details: Mapping[str, Any] = field(default_factory=dict)
+    """What determines its scores, as ``Scorer.describe`` says it."""
+    benchmark: Mapping[str, BenchmarkScore] = field(default_factory=dict)
+    """By row; empty where the prompts are no whole groups."""
     residual_curve: Sequence[tuple[int, float]] = ()
     """(training step, guidance residual on held-out states)."""
     residual_by_guidance: Sequence[ResidualBucket] = ()
@@ -149,6 +154,8 @@ def render_report(data: ReportData) -> str:
         large=any(_is_large(picture) for shown in data.pictures for picture in shown.student.values()),
         charts=dict(_charts(data, decimals)),
         settings=dict(_flatten(data.settings)),
+        benchmark=_benchmark(data),
+        scorer_details={name: value for name, value in _flatten(data.scorer_details) if value is not None},
     )
 
 
@@ -156,6 +163,12 @@ def _styles(data: ReportData) -> list[str]:
     """``overall``, then every style that any row was scored in."""
     names = {style for by_style in data.scores.values() for style in by_style}
     return [name for name in (OVERALL, *sorted(names - {OVERALL})) if name in names]
+
+
+def _benchmark(data: ReportData) -> Mapping[str, BenchmarkScore]:
+    """By row, where groups say more than the table of scores: of a single group there is no deviation."""
+    several = any(style.groups > 1 for score in data.benchmark.values() for style in score.styles.values())
+    return data.benchmark if several else {}
 
 
 def _ratio(values: Mapping[str, Any], over: str, under: str, read: Callable[[Any], float]) -> float | None:

@@ -1,37 +1,50 @@
-"""Scorers: how well a picture fits its prompt, as 100 * cosine of CLIP embeddings, in float32.
+"""Scorers: how well a picture fits its prompt, from CLIP embeddings, in float32.
 
-One class serves the bundled arbiter and HPS v2 (a ViT-H-14 in transformers' layout). Its preprocessing is HPS v2's,
-written here without torchvision: RGB; longest side resized to the model's size, bicubic; zero-padded, centred, to a
-square; normalised. Whether the resize antialiases changes HPS v2 scores, so it is a parameter and recorded.
+One class serves them all: the bundled arbiter and any transformers CLIP folder, HPS v2 (`hps.py`), CLIPScore and
+PickScore. They differ in weights, in how a picture is prepared (`preprocessing.py`), and in what is made of the cosine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from teefusion.errors import ScorerError
-from teefusion.files import sha256_folder
-from teefusion.shapes import SCORER_DIR
+from teefusion.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from teefusion.scorer_names import Kind
+from teefusion.scorer_sources import ScorerSource, find_scorer, read_json_object
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "bundled:shapes"
-# OpenAI CLIP's, which HPS v2 uses too: open_clip/constants.py
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# 8 bits a channel; PIL would clip the deeper ones ("I;16", "F") to white without a word.
-_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"})
+
+@dataclass(frozen=True)
+class Measure:
+    """What is made of the cosine of two embeddings."""
+
+    words: str
+    of: Callable[[Tensor, Tensor], Tensor]
+    """Of cosines [B] and the model's logit scale, the logarithm of a factor."""
+
+
+_COSINE = Measure("100 * cosine(image, text), float32", lambda cosine_B, _: 100 * cosine_B)
+_MEASURES: dict[Kind, Measure] = {
+    "folder": _COSINE,
+    "hps": _COSINE,
+    # As torchmetrics has it; Hessel et al. (arXiv 2104.08718) multiply by 2.5.
+    "clip": Measure("100 * max(cosine(image, text), 0), float32", lambda cosine_B, _: 100 * cosine_B.clamp(min=0)),
+    "pickscore": Measure(
+        "exp(logit_scale) * cosine(image, text), float32", lambda cosine_B, logit_scale: logit_scale.exp() * cosine_B
+    ),
+}
 
 
 class Scorer(Protocol):
@@ -43,7 +56,7 @@ class Scorer(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What determines the scores, JSON-ready: name, digest of the weights, preprocessing."""
+        """What determines the scores, JSON-ready: name, version, digest of the weights, preprocessing."""
         ...
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -51,53 +64,42 @@ class Scorer(Protocol):
         ...
 
 
-class ClipScorer:
-    """A transformers CLIP folder (safetensors) as scorer.
+class EmbeddingScorer:
+    """A CLIP as scorer.
 
     Prompts longer than the text model's context are cut, as CLIP does; ``truncated_prompts`` holds them, and the first
     ones are logged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        name: str | None = None,
-        device: str = "cpu",
-        antialias: bool = True,
-        batch_size: int = 32,
-    ) -> None:
-        """Load the model. Raises ScorerError for a folder that is missing, no CLIP, or incomplete."""
-        self.name = name or folder.name
+    def __init__(self, source: ScorerSource, *, device: str = "cpu", batch_size: int = 32) -> None:
+        """Load the model, in float32. Raises ScorerError for weights that are damaged or incomplete."""
+        self.name = source.name
         self.truncated_prompts: set[str] = set()
-        self._device, self._antialias, self._batch_size = device, antialias, batch_size
-        self._model, self._tokenizer = _load_clip(folder)
-        self._model.to(device)
-        self._image_size = int(self._model.config.vision_config.image_size)
+        self._source, self._device, self._batch_size = source, device, batch_size
+        self._measure = _MEASURES[source.kind]
+        self._model = _load_model(source).to(device)
+        self._tokenizer = _load_tokenizer(source, self._model)
         self._context = int(self._model.config.text_config.max_position_embeddings)
-        self._mean, self._std = _normalisation(folder)
-        self._digest = sha256_folder(folder)
+        self._prepare = _preprocessing(source, int(self._model.config.vision_config.image_size))
 
     def describe(self) -> dict[str, Any]:
         """What determines the scores, JSON-ready."""
+        source = self._source
         return {
             "name": self.name,
-            "kind": "clip",
-            "score": "100 * cosine(image, text), float32",
-            "weights_sha256": self._digest,
+            "kind": "clip" if source.kind == "folder" else source.kind,
+            "version": source.version,
+            "revision": source.revision,
+            "score": self._measure.words,
+            "weights_sha256": source.weights_sha256,
+            "tokenizer_sha256": source.tokenizer_sha256,
             "context_tokens": self._context,
-            "preprocessing": {
-                "transparency": "composited over white",
-                "resize": f"longest side to {self._image_size}, bicubic",
-                "antialias": self._antialias,
-                "padding": "zeros, centred",
-                "mean": list(self._mean),
-                "std": list(self._std),
-            },
+            "text": _cleaning(source.kind)[1],
+            "preprocessing": self._prepare.describe(),
         }
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """100 * cosine for each pair of picture and prompt. Raises ScorerError for what cannot be scored."""
+        """One score a pair (``describe`` says what it is). Raises ScorerError for what cannot be scored."""
         if len(images) != len(prompts):
             raise ScorerError(
                 f"{len(images)} pictures cannot be paired with {len(prompts)} prompts: give one prompt a picture."
@@ -116,26 +118,22 @@ class ClipScorer:
 
     @torch.inference_mode()
     def _score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        pixels_BCHW = torch.stack([self._pixels(image) for image in images]).to(self._device)
+        pixels_BCHW = torch.stack([self._prepare(image) for image in images]).to(self._device)
         tokens = self._tokens(prompts)
         with _full_precision(self._device):
             image_BD = self._model.get_image_features(pixel_values=pixels_BCHW).pooler_output
             text_BD = self._model.get_text_features(**tokens).pooler_output
             # Not F.cosine_similarity: it turns an all-zero embedding into a score of 0, which is no measurement.
             cosine_B = (image_BD * text_BD).sum(-1) / (image_BD.norm(dim=-1) * text_BD.norm(dim=-1))
-        return [float(score) for score in (100 * cosine_B).cpu()]
-
-    def _pixels(self, image: Image.Image) -> Tensor:
-        """CHW tensor, normalised."""
-        pixels_CHW = resize_and_pad(_rgb(image), self._image_size, antialias=self._antialias)
-        mean_C, std_C = torch.tensor(self._mean), torch.tensor(self._std)
-        return (pixels_CHW - mean_C[:, None, None]) / std_C[:, None, None]
+            score_B = self._measure.of(cosine_B, self._model.logit_scale)
+        return [float(score) for score in score_B.cpu()]
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        texts = [_cleaning(self._source.kind)[0](prompt) for prompt in prompts]
         tokens = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
+            texts, padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
-        lengths = [len(ids) for ids in self._tokenizer(list(prompts), verbose=False)["input_ids"]]
+        lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
         self._note_truncated([p for p, n in zip(prompts, lengths, strict=True) if n > self._context], len(prompts))
         return {key: tokens[key].to(self._device) for key in ("input_ids", "attention_mask")}
 
@@ -149,58 +147,69 @@ class ClipScorer:
         self.truncated_prompts.update(longer)
 
 
-def load_scorer(uri: str, *, device: str) -> Scorer:
-    """The scorer at ``uri``: ``bundled:shapes`` or a transformers CLIP folder. Raises ScorerError."""
-    if uri == BUNDLED:
-        return ClipScorer(SCORER_DIR, name=uri, device=device)
-    if uri.startswith("bundled:"):
-        raise ScorerError(
-            f"There is no bundled scorer {uri!r}, only {BUNDLED!r}. Set evaluate.scorer to it or a folder."
-        )
-    return ClipScorer(Path(uri).expanduser(), device=device)
+class ClipScorer(EmbeddingScorer):
+    """A transformers CLIP folder (safetensors) as scorer, with HPS v2's preprocessing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        device: str = "cpu",
+        antialias: bool = True,
+        batch_size: int = 32,
+    ) -> None:
+        """Load the model. Raises ScorerError for a folder that is missing, no CLIP, or incomplete."""
+        super().__init__(find_scorer(str(folder), antialias=antialias), device=device, batch_size=batch_size)
+        self.name = name or self.name
 
 
-def resize_and_pad(pixels_CHW: Tensor, size: int, *, antialias: bool) -> Tensor:
-    """Longest side to ``size`` (bicubic, not clamped), then zeros around it to a centred square."""
-    height, width = pixels_CHW.shape[-2:]
-    scale = size / max(height, width)
-    new_height, new_width = (max(1, round(side * scale)) for side in (height, width))
-    if scale != 1:
-        pixels_CHW = F.interpolate(
-            pixels_CHW[None], size=(new_height, new_width), mode="bicubic", align_corners=False, antialias=antialias
-        )[0]
-    top, left = (size - new_height) // 2, (size - new_width) // 2
-    return F.pad(pixels_CHW, (left, size - new_width - left, top, size - new_height - top))
+def load_scorer(scorer: str | ScorerSource, *, device: str) -> Scorer:
+    """The scorer of that name (see ``EvaluateSettings.scorer``), or of files already found. Raises ScorerError."""
+    source = find_scorer(scorer) if isinstance(scorer, str) else scorer
+    return EmbeddingScorer(source, device=device)
 
 
-def _rgb(image: Image.Image) -> Tensor:
-    """CHW tensor in [0, 1]. What is transparent shows white, as on a page."""
-    if image.mode not in _MODES or not all(image.size):
-        raise ScorerError(
-            f"A picture of mode {image.mode!r} and {image.width}x{image.height} pixels cannot be scored: pictures have "
-            "8 bits a channel and at least one pixel. Convert it to RGB first."
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels_HWC = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+def _cleaning(kind: Kind) -> tuple[Callable[[str], str], str]:
+    """What is done to a prompt before the tokenizer sees it, and that in words."""
+    from teefusion import hps
+
+    return (hps.clean, hps.CLEANING) if kind == "hps" else (str, "as it is")
 
 
-def _load_clip(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a transformers CLIP folder."""
-    from transformers import CLIPModel, CLIPTokenizer
+def _preprocessing(source: ScorerSource, size: int) -> Preprocessing:
+    """As published for each kind; a folder's preprocessor_config.json may give other statistics."""
+    mean, std = (CLIP_MEAN, CLIP_STD) if source.kind == "hps" else _normalisation(source.path)
+    return Preprocessing(
+        size=size,
+        fit="crop" if source.kind in ("clip", "pickscore") else "pad",
+        antialias=source.antialias,
+        transparency=source.transparency,
+        mean=mean,
+        std=std,
+    )
 
-    _check_folder(folder)
+
+def _load_model(source: ScorerSource) -> Any:
+    if source.kind == "hps":
+        from teefusion.hps import load_hps
+
+        return load_hps(source.path)
+    return _load_folder(source.path)
+
+
+def _load_folder(folder: Path) -> Any:
+    """Model of a transformers CLIP folder."""
+    from transformers import CLIPModel
+
     try:
         model, info = CLIPModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds for a damaged folder
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         raise ScorerError(
-            f"{folder} cannot be loaded as a scorer: {error} It needs config.json, model.safetensors and a tokenizer, "
-            "as CLIPModel and CLIPTokenizer save them."
+            f"{folder} cannot be loaded as a scorer: {error} It needs config.json and model.safetensors as CLIPModel "
+            "saves them, and a tokenizer as CLIPTokenizer does."
         ) from error
     # transformers fills what is missing with random numbers, and a scorer with random weights decides at random.
     if absent := sorted(info["missing_keys"]):
@@ -208,41 +217,41 @@ def _load_clip(folder: Path) -> tuple[Any, Any]:
             f"{folder} is no complete CLIP: {len(absent)} weights are missing, the first is {absent[0]}. Fetch it "
             "again, or name another folder in evaluate.scorer."
         )
-    vocabulary = model.config.text_config.vocab_size
-    if len(tokenizer) > vocabulary:
-        raise ScorerError(
-            f"{folder}: its tokenizer has {len(tokenizer)} tokens, its text model {vocabulary}. They do not belong "
-            "together: fetch the scorer again."
-        )
-    return model.eval(), tokenizer
+    return model.eval()
 
 
-def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
+def _load_tokenizer(source: ScorerSource, model: Any) -> Any:
+    """The tokenizer, once it is one of this model's vocabulary."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder
         raise ScorerError(
-            f"{folder} is no scorer: config.json is missing. Set evaluate.scorer to {BUNDLED!r} or to a folder with a "
-            "CLIPModel and its tokenizer in transformers' layout."
-        )
-    kind = _read_json_object(config).get("model_type")
-    if kind != "clip":
+            f"{source.tokenizer} cannot be loaded as a scorer's tokenizer: {error} It needs the files that "
+            "CLIPTokenizer saves."
+        ) from error
+    text = model.config.text_config
+    if len(tokenizer) > text.vocab_size:
         raise ScorerError(
-            f"{folder} holds a model of type {kind!r}, and scorers are of type 'clip'. Name a CLIP folder in "
-            "evaluate.scorer."
+            f"{source.tokenizer}: its tokenizer has {len(tokenizer)} tokens, its text model {text.vocab_size}. They do "
+            "not belong together: fetch the scorer again."
         )
-    # Without these files transformers makes an empty tokenizer, to which all prompts are the same.
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    # The text is read off at the end token. Configs before transformers 4.31 say 2 and mean the largest id.
+    expected = len(tokenizer) - 1 if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer.eos_token_id != expected:
         raise ScorerError(
-            f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt). Save the CLIPTokenizer beside "
-            "the model."
+            f"{source.tokenizer}: its end token is number {tokenizer.eos_token_id}, the text model is read off at "
+            f"{expected}. They do not belong together: use CLIP's own tokenizer (evaluate.tokenizer)."
         )
+    return tokenizer
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation a channel, from preprocessor_config.json where there is one."""
     file = folder / "preprocessor_config.json"
-    config = _read_json_object(file) if file.is_file() else {}
-    mean, std = config.get("image_mean", _CLIP_MEAN), config.get("image_std", _CLIP_STD)
+    config = read_json_object(file) if file.is_file() else {}
+    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
     try:
         mean, std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
     except (TypeError, ValueError):
@@ -250,16 +259,6 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ScorerError(f"{file}: image_mean and image_std must be 3 numbers each, image_std positive. Correct them.")
     return mean, std
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ScorerError(f"{file} cannot be read: {error}. Fetch the scorer again.") from error
-    if not isinstance(value, dict):
-        raise ScorerError(f"{file} holds no JSON object. Fetch the scorer again.")
-    return value
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from teefusion.errors import SettingsError, TeacherError
+from teefusion.errors import ScorerError, SettingsError, TeacherError
 from teefusion.files import canonical_json, content_key
+from teefusion.scorer_names import DEFAULT_TOKENIZER, HpsVersion, Transparency, hps_version, parse_scorer
 
 ENV_PREFIX = "TEEFUSION_"
 # Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the progress terminal.
@@ -261,8 +262,21 @@ class TrainSettings(_Section):
     """Gradients are clipped to this norm."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Of the averaged weights, which are the student; 0 turns averaging off."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its states in 8 bits, by the library bitsandbytes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; master weights are float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 is plain data parallel, 1 shares the optimizer's states among the ranks, 2 gradients too, 3
+    weights too. The same steps are taken, but for rounding."""
+    offload: bool = False
+    """ZeRO: whether the optimizer's states (and at stage 3 the weights) lie in main memory."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass: a third more time, far less memory."""
+    compile: bool = False
+    """Whether the transformer is compiled (torch.compile)."""
+    max_skipped_steps: int = Field(default=5, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than so many in a row stop the run."""
     states: Literal["stored", "student"] = "stored"
     """`stored`: those of the target set. `student`: those that the student itself reaches from noise, with the teacher
     asked while training; its prompts and guidance scales are the target set's."""
@@ -281,10 +295,19 @@ class TrainSettings(_Section):
     """Of the order of states."""
     num_processes: int = Field(default=1, gt=0)
     """Ranks on this machine; above 1 the stage runs under torchrun."""
+    max_restarts: int = Field(default=3, ge=0)
+    """torchrun: how often all ranks start again, from the last checkpoint, when one of them dies."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "checkpoint_every", "keep_checkpoints", "num_processes"}
+        {"max_restarts", "log_every", "checkpoint_every", "keep_checkpoints", "num_processes", "max_skipped_steps"}
+        | {"zero_stage", "offload", "gradient_checkpointing", "compile"}
     )
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -301,7 +324,19 @@ class EvaluateSettings(_Section):
     """The paired comparison of student and teacher."""
 
     scorer: str = "bundled:shapes"
-    """A transformers CLIP folder, or `bundled:shapes`."""
+    """`hps:` and the path or s3:// URI of a published HPS checkpoint, or v2.0 or v2.1 for those on the hub; `clip:`
+    (CLIPScore) or `pickscore:` and a transformers CLIP folder or hub id; `bundled:shapes`; or a transformers CLIP
+    folder, whose pictures are prepared as HPS's are."""
+    scorer_version: HpsVersion | None = None
+    """Of an HPS checkpoint whose file name does not say."""
+    scorer_revision: str | None = None
+    """Commit of a scorer on the hub; none is the newest."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """CLIP's tokenizer for weights that come without one, as HPS's do: a folder or hub id."""
+    antialias: bool = True
+    """Whether pictures are antialiased when they are made smaller for the scorer. HPS's scores depend on it."""
+    transparency: Transparency = "white"
+    """Of pictures with an alpha channel: composited over white, or refused where they are not opaque."""
     guidance_scale: float = Field(default=4.0, ge=1, le=100)
     """s of teacher and student in the comparison."""
     num_steps: int | None = Field(default=None, ge=2, le=1000)
@@ -316,6 +351,25 @@ class EvaluateSettings(_Section):
     """Prompts in the report's grid."""
     seed: int = Field(default=1, ge=0)
     """Of the initial noise, one generator a prompt."""
+    num_processes: int = Field(default=1, gt=0)
+    """Processes on this machine that make and score pictures, one a GPU; above 1 they run under torchrun. On a shared
+    device they slow each other down, which the measured seconds show."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"num_processes"})
+
+    @model_validator(mode="after")
+    def _scorer_is_possible(self) -> Self:
+        try:
+            scorer = parse_scorer(self.scorer)
+            if scorer.kind == "hps":
+                hps_version(scorer.location, self.scorer_version)
+        except ScorerError as error:
+            raise ValueError(str(error)) from error
+        if scorer.kind != "hps" and self.scorer_version is not None:
+            raise ValueError(f"scorer_version is of hps: scorers alone, and scorer is {self.scorer!r}: unset it")
+        if scorer.kind in ("clip", "pickscore") and not self.antialias:
+            raise ValueError(f"antialias is off, but {scorer.kind}: was published with it: set it to true")
+        return self
 
 
 class GateSettings(_Section):

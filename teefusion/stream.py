@@ -44,6 +44,8 @@ class States:
     guidance_B: Tensor
     gap_B: Tensor
     text: TextEmbeddings
+    trajectory_B: Tensor
+    step_B: Tensor
 
     def __len__(self) -> int:
         return len(self.sigma_B)
@@ -57,7 +59,32 @@ class States:
             self.guidance_B.to(device),
             self.gap_B.to(device),
             TextEmbeddings(self.text.tokens_BTE.to(device), self.text.pooled_BP.to(device)),
+            self.trajectory_B,
+            self.step_B,
         )
+
+    def split(self, parts: int) -> list[States]:
+        """Micro-batches of equal size."""
+        if parts == 1:
+            return [self]
+        return [
+            States(
+                self.x_BCHW[index],
+                self.velocity_BCHW[index],
+                self.sigma_B[index],
+                self.guidance_B[index],
+                self.gap_B[index],
+                TextEmbeddings(*(part[index] for part in self.text)),
+                self.trajectory_B[index],
+                self.step_B[index],
+            )
+            for index in torch.arange(len(self)).chunk(parts)
+        ]
+
+    def names(self) -> str:
+        """Which states these are, for messages: trajectory/step of each."""
+        pairs = zip(self.trajectory_B.tolist(), self.step_B.tolist(), strict=True)
+        return ", ".join(f"{trajectory}/{step}" for trajectory, step in pairs)
 
 
 class _Window(NamedTuple):
@@ -172,6 +199,8 @@ class StateStream:
             guidance_B=rows["guidance"],
             gap_B=rows["guidance_gap"],
             text=self._text(rows["prompt"].tolist()),
+            trajectory_B=rows["trajectory"],
+            step_B=rows["step"],
         )
 
     def _text(self, prompts: list[int]) -> TextEmbeddings:

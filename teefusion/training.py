@@ -7,31 +7,31 @@ in the engine: targets were computed before, so no teacher is held while trainin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from teefusion.cache import open_shards
 from teefusion.checkpoints import load_latest, save_checkpoint
-from teefusion.devices import plain_attention
 from teefusion.distillation import ResidualMeter, distillation_loss
-from teefusion.errors import TeEFusionError, TrainingError
+from teefusion.engine import Engine, StepResult
+from teefusion.errors import InterruptedRunError, TeEFusionError, TrainingError
+from teefusion.export import export_student, sample_sheet
 from teefusion.families import TextEmbeddings
 from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
+from teefusion.heldout import HeldOut
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
@@ -39,16 +39,14 @@ from teefusion.prompts import load_prompt_set
 from teefusion.settings import JOB_VARIABLE, Settings, TrainSettings, job_settings
 from teefusion.shards import read_tensors
 from teefusion.storage import Reader
-from teefusion.strategies import make_strategy, sub_grid
+from teefusion.strategies import make_strategy
 from teefusion.stream import States, StateStream, read_null
-from teefusion.students import make_student, save_student
-from teefusion.teachers import Teacher, load_teacher, load_transformer
+from teefusion.teachers import load_teacher, load_transformer
 from teefusion.tracking import Tracker
 from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
 RESULT = "training.json"
-_EVAL_BATCH = 64
 _SAMPLE_PROMPTS = 4
 
 
@@ -56,12 +54,14 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
     """Train, save the student to ``output/student`` and the record to ``output/training.json``, written last.
 
     Continues from the newest checkpoint in ``output/checkpoints``. Raises IntegrityError for bad targets,
-    TrainingError for a loss that is not finite, TrackingError when MLflow cannot be reached at the start.
+    TrainingError for losses that stay non-finite, InterruptedRunError after SIGTERM, TrackingError when MLflow cannot
+    be reached at the start.
     """
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     samples = [prompt.text for prompt in load_prompt_set(prompts).heldout[:_SAMPLE_PROMPTS]]
     run = _Run(settings, manifest, store, output, samples)
+    _stop_signals(run)
     try:
         return run.complete()
     finally:
@@ -78,6 +78,7 @@ class _Position:
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     losses: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,27 +96,46 @@ class _Run:
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.sample_prompts = sample_prompts
-        self.accelerator = Accelerator(
-            cpu=settings.device == "cpu",
-            mixed_precision="bf16" if self.options.precision == "bfloat16" else "no",
-            gradient_accumulation_steps=self.options.gradient_accumulation_steps,
-        )
+        self.engine = Engine(self.options, cpu=settings.device == "cpu")
+        self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
         set_seed(self.options.seed)
         self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
-        self.device = self.accelerator.device
         transformer, self.family = load_transformer(settings.teacher)
-        self.stream = StateStream(
-            targets, manifest, "train", settings.student_steps, shuffle_mb=settings.train.shuffle_mb
+        steps = settings.student_steps
+        self.stream = StateStream(targets, manifest, "train", steps, shuffle_mb=self.options.shuffle_mb)
+        strategy = settings.strategy
+        self.heldout = HeldOut(
+            StateStream(targets, manifest, "heldout", steps),
+            self.device,
+            (strategy.guidance_min, strategy.guidance_max),
         )
-        self.heldout = StateStream(targets, manifest, "heldout", settings.student_steps)
         self.null_P = read_null(targets, manifest).pooled_BP[0].to(self.device)
         self.fusion = _fusion(settings, transformer.time_text_embed, targets, manifest)
-        self.heldout_gaps = self._heldout_gaps(transformer)
-        self.gap_scale = float(torch.cat(self.heldout_gaps).mean())
+        self.gap_scale = self.heldout.measure_gaps(
+            None if steps == strategy.num_steps else functools.partial(self._conditional, transformer.to(self.device))
+        )
         self.position = _Position()
-        self._build(fuse(transformer, self.fusion).train().requires_grad_(True))
+        self.engine.prepare(fuse(transformer, self.fusion).train().requires_grad_(True))
+        self.accelerator.register_for_checkpointing(self.position)
         self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
+        self._stopping = False
+        self._skipped: list[str] = []  # names of the states of the steps skipped in a row
+
+    def stop(self) -> None:
+        """End after the step that is under way, with a checkpoint."""
+        self._stopping = True
+
+    def complete(self) -> dict[str, Any]:
+        """Train to the last step, export, and return the record. Raises InterruptedRunError when told to stop."""
+        resumed = load_latest(self.engine, self.output / "checkpoints")
+        self.tracker.log_params({"fusion": self.fusion.model_dump(), **self.settings.content()})
+        if resumed == 0:
+            self._evaluate()
+        else:
+            log.info("continuing from step %d", resumed)
+        self._loop()
+        return self._export(resumed)
 
     def _on_policy(self, targets: Reader, manifest: Manifest) -> OnPolicyStream:
         """The student's own states; the teacher is held beside it, without text encoders."""
@@ -125,7 +145,7 @@ class _Run:
 
         def student(x_BCHW: Tensor, sigma_B: Tensor, s_B: Tensor, text: TextEmbeddings) -> Tensor:
             with self.accelerator.autocast():
-                return self._velocity(self.model, x_BCHW, sigma_B, s_B, text)
+                return self._velocity(self.engine.model, x_BCHW, sigma_B, s_B, text)
 
         return OnPolicyStream(
             self.stream,
@@ -135,58 +155,6 @@ class _Run:
             read_null(targets, manifest),
             student,
         )
-
-    @torch.no_grad()
-    def _heldout_gaps(self, transformer: Any) -> list[Tensor]:
-        """Mean squared gap [B] between target and conditional velocity, of each batch of held-out states.
-
-        Stored with the targets; for longer steps, whose velocities are others, from the transformer before it is fused.
-        """
-        batches = self.heldout.in_order(batch_size=_EVAL_BATCH)
-        if self.settings.student_steps == self.settings.strategy.num_steps:
-            return [states.gap_B for states in batches]
-        gaps = []
-        for states in (batch.to(self.device) for batch in batches):
-            conditional = self.family.velocity(
-                transformer.to(self.device),
-                states.x_BCHW,
-                states.sigma_B * 1000.0,
-                states.text.tokens_BTE.float(),
-                states.text.pooled_BP.float(),
-            )
-            gaps.append((states.velocity_BCHW - conditional).square().mean(dim=(1, 2, 3)).cpu())
-        return gaps
-
-    def _build(self, transformer: Any) -> None:
-        options = self.options
-        optimizer = torch.optim.AdamW(
-            transformer.parameters(),
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.weight_decay,
-        )
-        self.model, self.optimizer = self.accelerator.prepare(transformer, optimizer)
-        self.schedule = get_scheduler(
-            "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule,
-            self.optimizer.optimizer,
-            num_warmup_steps=options.warmup_steps,
-            num_training_steps=options.steps,
-        )
-        self.ema = EMAModel(transformer.parameters(), decay=options.ema_decay) if options.ema_decay else None
-        self.accelerator.register_for_checkpointing(self.schedule, self.position)
-        if self.ema:
-            self.accelerator.register_for_checkpointing(self.ema)
-
-    def complete(self) -> dict[str, Any]:
-        """Train to the last step, export, and return the record."""
-        resumed = load_latest(self.accelerator, self.output / "checkpoints")
-        self.tracker.log_params({"fusion": self.fusion.model_dump(), **self.settings.content()})
-        if resumed == 0:
-            self._evaluate()
-        else:
-            log.info("continuing from step %d", resumed)
-        self._loop()
-        return self._export(resumed)
 
     def _loop(self) -> None:
         options, accelerator = self.options, self.accelerator
@@ -202,166 +170,151 @@ class _Run:
             for states in batches:
                 if self.position.step >= options.steps:
                     break
-                loss, norm = self._step(states.to(self.device))
+                result = self._step(states.to(self.device))
                 self.position.step += 1
                 self.position.seconds = time.monotonic() - started
-                self._after_step(loss, norm)
+                self._after_step(result)
                 residual = f"residual {self.position.curve[-1][1]:.3f}" if self.position.curve else ""
                 progress.advance(1, note=residual, states=options.batch_size)
 
-    def _step(self, states: States) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns mean loss and gradient norm, still on the device."""
-        options, losses = self.options, []
-        norm = torch.zeros(())
-        for part in _split(states, options.gradient_accumulation_steps):
-            with self.accelerator.accumulate(self.model), self._attention():
-                predicted = self._predict(self.model, part)
-                loss = distillation_loss(
-                    predicted, part.velocity_BCHW, part.gap_B, weighting=options.loss_weighting, scale=self.gap_scale
-                )
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            losses.append(loss.detach())
-        self.schedule.step()
-        if self.ema:
-            self.ema.step(self.model.parameters())
-        return torch.stack(losses).mean(), norm
+    def _step(self, states: States) -> StepResult:
+        """One optimizer step. Raises TrainingError after too many in a row that were not finite."""
+        parts = states.split(self.options.gradient_accumulation_steps)
+        result = self.engine.step([functools.partial(self._loss, part) for part in parts])
+        if result.finite:
+            self._skipped.clear()
+            return result
+        self.position.skipped += 1
+        self._skipped.append(states.names())
+        number = self.position.step + 1
+        log.warning("step %d is skipped: its loss or gradient is not finite", number)
+        if len(self._skipped) > self.options.max_skipped_steps:
+            raise TrainingError(
+                f"The loss or gradient was not finite in {len(self._skipped)} steps in a row, up to step "
+                f"{number}. The states of the last of them (trajectory/step): {self._skipped[-1]}. The "
+                f"last checkpoint in {self.output}/checkpoints is good; lower train.learning_rate (or use "
+                "train.precision=float32) and run again."
+            )
+        return result
 
-    def _attention(self) -> contextlib.AbstractContextManager[None]:
-        return plain_attention() if self.device.type == "cpu" else contextlib.nullcontext()
+    def _loss(self, states: States) -> Tensor:
+        predicted = self._predict(self.engine.model, states)
+        return distillation_loss(
+            predicted,
+            states.velocity_BCHW,
+            states.gap_B,
+            weighting=self.options.loss_weighting,
+            scale=self.gap_scale,
+        )
 
     def _predict(self, model: Any, states: States) -> Tensor:
         """The student's velocity [B, C, H, W] at the states, each with its own guidance."""
         return self._velocity(model, states.x_BCHW, states.sigma_B, states.guidance_B, states.text)
 
     def _velocity(self, model: Any, x_BCHW: Tensor, sigma_B: Tensor, s_B: Tensor, text: TextEmbeddings) -> Tensor:
-        packed = pack(text.pooled_BP, self.null_P, s_B)
-        return self.family.velocity(model, x_BCHW, sigma_B * 1000.0, text.tokens_BTE.float(), packed)
+        packed, tokens_BTE = pack(text.pooled_BP, self.null_P, s_B), text.tokens_BTE.to(self.engine.input_dtype)
+        return self.family.velocity(model, x_BCHW, sigma_B * 1000.0, tokens_BTE, packed)
 
-    def _after_step(self, loss: Tensor, norm: Tensor) -> None:
+    def _conditional(self, transformer: Any, states: States) -> Tensor:
+        """The teacher's conditional velocity [B, C, H, W], by its transformer before it is fused."""
+        text = TextEmbeddings(*(part.float() for part in states.text))
+        return self.family.velocity(transformer, states.x_BCHW, states.sigma_B * 1000.0, *text)
+
+    def _after_step(self, result: StepResult) -> None:
         options, step = self.options, self.position.step
         last = step == options.steps
-        if step % options.log_every == 0 or last:
-            self._log_loss(loss, norm)
+        if (step % options.log_every == 0 or last) and result.finite:
+            self._log_loss(result)
         if step % options.eval_every == 0 or last:
             self._evaluate()
-        if step % options.checkpoint_every == 0 and not last:
-            save_checkpoint(self.accelerator, self.output / "checkpoints", step, keep=options.keep_checkpoints)
-
-    def _log_loss(self, loss: Tensor, norm: Tensor) -> None:
-        """The one place where the device is waited for."""
-        value = float(self.accelerator.reduce(loss, "mean"))
-        if not value < float("inf"):  # NaN too
-            raise TrainingError(
-                f"The loss is {value} at step {self.position.step}. The last checkpoint in {self.output}/checkpoints "
-                "is good; lower train.learning_rate (or use train.precision=float32) and run again."
+        stopping = self._anyone_stopping()
+        if (step % options.checkpoint_every == 0 or stopping) and not last:
+            save_checkpoint(self.engine, self.output / "checkpoints", step, keep=options.keep_checkpoints)
+        if stopping and not last:
+            raise InterruptedRunError(
+                f"Told to stop (SIGTERM) at step {step} of {options.steps}; a checkpoint is in "
+                f"{self.output}/checkpoints. Run the same command again to continue."
             )
+
+    def _anyone_stopping(self) -> bool:
+        """Whether any rank was told to stop: all of them write the checkpoint."""
+        if self.accelerator.num_processes == 1:
+            return self._stopping
+        told = torch.tensor(float(self._stopping), device=self.device)
+        return float(self.accelerator.reduce(told, "sum")) > 0
+
+    def _log_loss(self, result: StepResult) -> None:
+        value = float(result.loss)
         self.position.losses.append((self.position.step, value))
         rate = self.options.batch_size * self.position.step / max(self.position.seconds, 1e-9)
-        self.tracker.log_metrics(
-            {
-                "train/loss": value,
-                "train/grad_norm": float(norm),
-                "train/learning_rate": self.schedule.get_last_lr()[0],
-                "train/states_per_second": rate,
-            },
-            step=self.position.step,
-        )
+        metrics = {
+            "train/loss": value,
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": self.engine.learning_rate(),
+            "train/states_per_second": rate,
+            "train/skipped_steps": float(self.position.skipped),
+        }
+        if self.device.type == "cuda":
+            metrics["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.tracker.log_metrics(metrics, step=self.position.step)
 
     def _evaluate(self) -> None:
         """Guidance residual of the averaged weights on the held-out states."""
         meter = self._residual()
         self.position.curve.append((self.position.step, meter.overall))
-        self.tracker.log_metrics({"heldout/guidance_residual": meter.overall}, step=self.position.step)
+        metrics = {"heldout/guidance_residual": meter.overall}
+        for kind, buckets in (("s", meter.by_guidance()), ("sigma", meter.by_sigma())):
+            metrics |= {f"heldout/residual_{kind}_{b['low']:.2f}_{b['high']:.2f}": b["residual"] for b in buckets}
+        self.tracker.log_metrics(metrics, step=self.position.step)
 
-    @torch.no_grad()
     def _residual(self) -> ResidualMeter:
-        strategy = self.settings.strategy
-        meter = ResidualMeter(strategy.guidance_min, strategy.guidance_max)
-        model = self.accelerator.unwrap_model(self.model)
-        with self._averaged_weights():
+        """On every rank alike, as ZeRO 3 needs all of them in a forward."""
+        model = self.engine.unwrapped
+
+        def predict(states: States) -> Tensor:
+            with self.accelerator.autocast():
+                return self._predict(model, states)
+
+        with self.engine.averaged_weights():
             model.eval()
-            heldout = self.heldout.in_order(batch_size=_EVAL_BATCH)
-            for states, gap_B in zip(heldout, self.heldout_gaps, strict=True):
-                on_device = states.to(self.device)
-                with self.accelerator.autocast():
-                    predicted = self._predict(model, on_device)
-                meter.add(predicted, on_device.velocity_BCHW, gap_B, on_device.guidance_B)
+            meter = self.heldout.residual(predict)
             model.train()
         return meter
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """The student is its averaged weights; the raw ones come back after the block."""
-        if not self.ema:
-            yield
-            return
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.model.parameters())
-
     def _export(self, resumed: int) -> dict[str, Any]:
-        """Save the student and the record; main process only, the others wait."""
+        """Save the student and the record; the main process writes, the others take part and wait."""
+        meter = self._residual()
+        with self.engine.averaged_weights():
+            weights = self.engine.whole_weights()
         record: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            meter = self._residual()
-            record = self._record(meter, resumed)
-            transformer = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            with self._averaged_weights():
-                options = self.settings.teacher.model_copy(update={"dtype": "float32"})
-                teacher = load_teacher(options, device="cpu", transformer=transformer.eval().to("cpu"))
-                student = make_student(
-                    teacher.pipeline,
-                    self.fusion,
-                    max_sequence_length=options.max_sequence_length,
-                    guidance_range=(self.settings.strategy.guidance_min, self.settings.strategy.guidance_max),
-                    sigmas=_own_sigmas(self.settings, teacher),
-                )
-                save_student(student, self.output / "student")
-                self._log_samples(student)
+            record = self._record(meter, resumed, parameters=sum(weight.numel() for weight in weights.values()))
+            student = export_student(self.settings, self.fusion, weights, self.output / "student")
+            sheet = sample_sheet(self.settings, student, self.sample_prompts)
+            if sheet is not None:
+                self.tracker.log_image(sheet, "samples.png")
             write_json(self.output / RESULT, record)
             self.tracker.log_metrics({"guidance_residual": meter.overall}, step=self.position.step)
         self.accelerator.wait_for_everyone()
         return record
 
-    def _record(self, meter: ResidualMeter, resumed: int) -> dict[str, Any]:
+    def _record(self, meter: ResidualMeter, resumed: int, *, parameters: int) -> dict[str, Any]:
         position = self.position
         return {
             "guidance_residual": meter.overall,
             "residual_by_guidance": meter.by_guidance(),
+            "residual_by_sigma": meter.by_sigma(),
             "residual_curve": position.curve,
             "loss_curve": position.losses,
             "steps": position.step,
+            "skipped_steps": position.skipped,
             "resumed_from": resumed,
             "seconds": round(position.seconds, 3),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": parameters,
             "ranks": self.accelerator.num_processes,
+            "zero_stage": self.options.zero_stage,
             "fusion": self.fusion.model_dump(),
         }
-
-    def _log_samples(self, student: Any) -> None:
-        """A row of pictures from fixed prompts and seeds, one for each of four guidance scales."""
-        from teefusion.pictures import contact_sheet
-
-        low, high = self.settings.strategy.guidance_min, self.settings.strategy.guidance_max
-        scales, steps = [low + (high - low) * k / 3 for k in range(4)], self.settings.student_steps
-        rows = []
-        for prompt in self.sample_prompts:
-            generators = [torch.Generator().manual_seed(0) for _ in scales]
-            rows.append(
-                [
-                    student(prompt, guidance_scale=s, num_inference_steps=steps, generator=g).images[0]
-                    for s, g in zip(scales, generators, strict=True)
-                ]
-            )
-        if rows:
-            self.tracker.log_image(contact_sheet(rows), "samples.png")
 
     def _progress(self) -> Progress:
         progress = Progress("train", total=self.options.steps, unit="step", enabled=self.accelerator.is_main_process)
@@ -403,30 +356,10 @@ def _fusion(settings: Settings, stock: Any, targets: Reader, manifest: Manifest)
     )
 
 
-def _own_sigmas(settings: Settings, teacher: Teacher) -> list[float] | None:
-    """Starts of the student's own steps before the schedule's shift; none where it steps as its teacher."""
-    if settings.student_steps == settings.strategy.num_steps:
-        return None
-    shift = teacher.family.shift(teacher.pipeline, teacher.latent_shape)
-    sigmas = teacher.grid(settings.strategy.num_steps).sigmas.tolist()
-    starts = [sigmas[k] for k in sub_grid(settings.strategy.num_steps, settings.student_steps)[:-1]]
-    return [sigma / (shift - (shift - 1) * sigma) for sigma in starts]
-
-
-def _split(states: States, parts: int) -> Iterator[States]:
-    """Micro-batches of equal size."""
-    if parts == 1:
-        yield states
-        return
-    for index in torch.arange(len(states)).chunk(parts):
-        yield States(
-            states.x_BCHW[index],
-            states.velocity_BCHW[index],
-            states.sigma_B[index],
-            states.guidance_B[index],
-            states.gap_B[index],
-            TextEmbeddings(*(part[index] for part in states.text)),
-        )
+def _stop_signals(run: _Run) -> None:
+    """SIGTERM, as of a spot instance that is taken back, ends the run after the step that is under way."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: run.stop())
 
 
 def main() -> None:

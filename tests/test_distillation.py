@@ -32,8 +32,9 @@ def test_guidance_weighting_divides_by_the_gap() -> None:
 def test_residual_is_a_ratio_of_sums_overall_and_by_bucket() -> None:
     meter = ResidualMeter(1.0, 7.0)
     target, gap, s = pictures(0.0, 0.0, 0.0), torch.tensor([4.0, 4.0, 8.0]), torch.tensor([1.5, 6.9, 7.0])
-    meter.add(pictures(1.0, 2.0, 0.0), target, gap, s)
+    meter.add(pictures(1.0, 2.0, 0.0), target, gap, s, torch.tensor([0.01, 0.2, 1.0]))
     assert meter.overall == pytest.approx(5 / 16)
+    assert [bucket["residual"] for bucket in meter.by_sigma()] == pytest.approx([1 / 4, 4 / 4, 0])
     first, last = meter.by_guidance()
     assert (first["low"], first["high"], first["residual"]) == (1.0, 2.0, pytest.approx(0.25))
     assert (last["low"], last["residual"]) == (6.0, pytest.approx(4 / 12))
@@ -45,7 +46,7 @@ def test_a_student_that_copies_the_conditional_velocity_has_residual_one() -> No
     target = unconditional + s.view(-1, 1, 1, 1) * (conditional - unconditional)
     gap = (target - conditional).square().mean(dim=(1, 2, 3))
     meter = ResidualMeter(1.0, 7.0)
-    meter.add(conditional, target, gap, s)
+    meter.add(conditional, target, gap, s, torch.linspace(0, 1, 8))
     assert meter.overall == pytest.approx(1.0, rel=1e-6)
 
 

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from teefusion.gate import OVERALL, Interval, Verdict
+from teefusion.group_means import benchmark_score
 from teefusion.report import PictureSet, ReportData, ResidualBucket, Score, StageTime, Timing, render_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -176,6 +177,30 @@ def test_the_table_gives_scores_difference_interval_and_limit_by_style(page: Pag
     anime = "anime 15.00 ± 0.25 20.00 ± 0.25 19.90 ± 0.25 −0.25 −0.30 to +0.14 −0.60 ✓ yes 40 photo"
     assert anime in page.texts["scores"]
     assert "overall 15.00" in page.texts["scores"]
+
+
+def test_the_benchmarks_number_is_shown_where_there_are_several_groups() -> None:
+    several = benchmark_score({"anime": [14.0] * 80 + [16.0] * 80, "photo": [20.0] * 80})
+    single = benchmark_score({"anime": [14.0] * 80})
+    assert several is not None
+    assert single is not None
+    shown = Page(render_report(report_data(benchmark={"teacher": several, "student": several})))
+    text = shown.texts["benchmark"]
+    assert "means of groups of 80 prompts" in text
+    assert "anime 15.00 ± 1.00 15.00 ± 1.00 2" in text
+    assert "photo 20.00 20.00 1" in text  # of one group there is no deviation
+    assert "average 16.67 16.67" in text
+    assert not shown.unclosed
+    assert not shown.mistakes
+    assert "benchmark" not in Page(render_report(report_data(benchmark={"teacher": single}))).texts
+
+
+def test_what_the_scorer_is_stands_in_the_details() -> None:
+    described = {"name": "HPS v2.1", "version": "v2.1", "revision": None, "preprocessing": {"antialias": False}}
+    html = render_report(report_data(scorer="HPS v2.1", scorer_details=described))
+    assert "<summary>Scorer</summary>" in html
+    assert '<th scope="row">preprocessing.antialias</th><td class="mono">False</td>' in html
+    assert "revision" not in html
 
 
 def test_what_guidance_adds_is_left_out_where_it_adds_nothing() -> None:

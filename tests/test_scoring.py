@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from teefusion import scoring
 from teefusion.errors import ScorerError
-from teefusion.scoring import ClipScorer, load_scorer, resize_and_pad
+from teefusion.preprocessing import as_rgb, resize_and_pad, to_tensor
+from teefusion.scoring import ClipScorer, load_scorer
 
 PROMPTS = ("a red star", "two black moons", "ring")
 
@@ -112,7 +113,7 @@ def test_a_picture_of_the_right_size_is_not_touched() -> None:
 def test_every_kind_of_picture_becomes_rgb_and_transparency_shows_white(
     picture: Image.Image, expected: tuple[float, float, float]
 ) -> None:
-    torch.testing.assert_close(scoring._rgb(picture)[:, 0, 0], torch.tensor(expected))
+    torch.testing.assert_close(to_tensor(as_rgb(picture))[:, 0, 0], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("picture", [Image.new("I;16", (2, 2)), Image.new("F", (2, 2)), Image.new("RGB", (0, 4))])

@@ -37,7 +37,9 @@ def _shard(folder: Path, k: int) -> FileRecord:
     picture = numbers.float().view(-1, 1, 1, 1)
     rows = {"x": picture.clone(), "velocity": -picture, "sigma": numbers.float(), "guidance": numbers.float()}
     return write_tensors(
-        FolderStore(folder), f"states/{k}", rows | {"guidance_gap": numbers.float(), "prompt": numbers % 4}
+        FolderStore(folder),
+        f"states/{k}",
+        rows | {"guidance_gap": numbers.float(), "prompt": numbers % 4, "trajectory": numbers.clone(), "step": numbers},
     )
 
 
@@ -130,6 +132,8 @@ def test_longer_steps_land_where_the_teachers_steps_landed(tmp_path: Path) -> No
         "guidance": torch.tensor([2.0, 5.0]).repeat_interleave(6),
         "guidance_gap": torch.ones(12),
         "prompt": torch.tensor([0, 1]).repeat_interleave(6),
+        "trajectory": torch.tensor([0, 1]).repeat_interleave(6),
+        "step": torch.arange(6).repeat(2),
     }
     states = write_tensors(FolderStore(tmp_path), "states/0", rows)
     tokens = torch.zeros(2, 1, 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from teefusion import training
-from teefusion.errors import IntegrityError, SettingsError, TrainingError
+from teefusion.errors import IntegrityError, InterruptedRunError, SettingsError, TrainingError
 from teefusion.launch import run_training
-from teefusion.manifests import Manifest
+from teefusion.manifests import Manifest, write_manifest
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
@@ -222,17 +223,76 @@ def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job, monkey
     assert_equal(job.weights("whole"), job.weights("broken"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(job: Job) -> None:
-    with pytest.raises(TrainingError, match="loss is nan at step .*lower train.learning_rate"):
-        job.train("burnt", {"train.learning_rate": 1e30, "train.max_grad_norm": 1e30})
+def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The loss of these steps is not finite."""
+    loss = training._Run._loss
+
+    def poisoned(self: Any, states: Any) -> torch.Tensor:
+        return loss(self, states) * (float("nan") if self.position.step in steps else 1.0)
+
+    monkeypatch.setattr(training._Run, "_loss", poisoned)
+
+
+def test_a_loss_that_stays_non_finite_stops_the_run_and_names_the_states(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, up to step 4. .*: \d+/\d, \d+/\d, "):
+        job.train("burnt", {"train.max_skipped_steps": 2})
     assert not (job.folder / "burnt" / "student").exists()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    job: Job, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    _poison(monkeypatch, {1, 3})
+    record = job.train("skipping", {"train.max_skipped_steps": 1, "train.gradient_accumulation_steps": parts})
+    assert (record["steps"], record["skipped_steps"]) == (6, 2)
+    assert all(bool(torch.isfinite(value).all()) for value in job.weights("skipping").values())
+
+
+def test_sigterm_leaves_a_checkpoint_to_continue_from(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.train("whole")
+    with monkeypatch.context() as patch:
+        step = training._Run._step
+
+        def told_to_stop(self: Any, states: Any) -> Any:
+            if self.position.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, states)
+
+        patch.setattr(training._Run, "_step", told_to_stop)
+        with pytest.raises(InterruptedRunError, match=r"at step 3 of 6; a checkpoint is in") as told:
+            job.train("stopped")
+    assert told.value.exit_code == 75
+    assert job.train("stopped")["resumed_from"] == 3
+    assert_equal(job.weights("whole"), job.weights("stopped"))
+
+
+def test_checkpointed_activations_take_the_same_steps(job: Job) -> None:
+    job.train("whole")
+    job.train("again", {"train.gradient_checkpointing": True})
+    assert_close(job.weights("whole"), job.weights("again"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"train.offload": True}, SettingsError, "offload is ZeRO's: set zero_stage"),
+        ({"train.optimizer": "adamw_8bit"}, TrainingError, "needs the library bitsandbytes"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused(
+    job: Job, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        job.train("run", values)
+
+
 def test_targets_of_another_teacher_are_refused(job: Job) -> None:
-    path = job.targets / "manifest.json"
-    values = json.loads(path.read_text())
-    values["teacher"]["revision"] = "sha256:0000"
-    path.write_text(json.dumps(values))
+    other = job.manifest.model_copy(update={"teacher": job.manifest.teacher | {"revision": "sha256:0000"}})
+    write_manifest(FolderStore(job.targets), other)
     with pytest.raises(IntegrityError, match="at revision sha256:0000, this run distils"):
         job.train("run")
 

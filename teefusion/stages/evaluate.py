@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from teefusion.files import content_key, read_json, write_bytes, write_json
 from teefusion.gate import Evidence, decide
-from teefusion.prompts import load_prompt_set
+from teefusion.group_means import BenchmarkScore, benchmark_score
+from teefusion.scorer_sources import ScorerSource, scorer_of
 from teefusion.settings import Settings
 from teefusion.workspace import StageResult, Workspace, require
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 RESULT = "evaluation.json"
 
 
-def evaluation_folder(settings: Settings, prompts: Path, student: Path) -> Path:
-    """Where the comparison of these settings and this student lies, made or not."""
+def evaluation_folder(settings: Settings, prompts: Path, student: Path, scorer: ScorerSource | None = None) -> Path:
+    """Where the comparison of these settings and this student lies, made or not.
+
+    ``scorer`` is the one of these settings, where it has been found already. Raises ScorerError, StorageError.
+    """
     key = content_key(
         {
             "student": student.parent.name,
@@ -28,6 +32,7 @@ def evaluation_folder(settings: Settings, prompts: Path, student: Path) -> Path:
             "strategy": settings.strategy.content(),
             "prompts": prompts.name,
             "evaluate": settings.evaluate.content(),
+            "scorer": (scorer or scorer_of(settings)).identity(),  # other weights at the same place are another scorer
             "gate": settings.gate.content(),
         }
     )
@@ -38,35 +43,31 @@ def evaluate(settings: Settings, prompts: Path, student: Path) -> StageResult:
     """Compare a student folder with its teacher. Raises StudentError, ScorerError, TeacherError, StorageError."""
     workspace = Workspace(settings)
     training = read_json(require(student.parent / "training.json", command="teefusion train", what="trained student"))
-    output = evaluation_folder(settings, prompts, student)
+    scorer = scorer_of(settings)
+    output = evaluation_folder(settings, prompts, student, scorer)
 
     def work() -> tuple[dict[str, Any], bool]:
         reused = (output / RESULT).exists()
         if not reused:
-            _compare(settings, prompts, student, training, output)
+            _compare(settings, prompts, student, training, scorer, output)
         result = read_json(output / RESULT)
-        keys = ("scores", "nfe", "seconds_per_image", "gate", "guidance_residual")
+        keys = ("scores", "benchmark", "nfe", "seconds_per_image", "gate", "guidance_residual", "scorer")
         return {name: result[name] for name in keys} | {"evaluation": output.name}, reused
 
     return workspace.stage("evaluate", output, work)
 
 
-def _compare(settings: Settings, prompts: Path, student: Path, training: dict[str, Any], output: Path) -> None:
+def _compare(
+    settings: Settings, prompts: Path, student: Path, training: dict[str, Any], source: ScorerSource, output: Path
+) -> None:
     """Make pictures, score them, decide; ``evaluation.json`` is written last."""
-    from teefusion import evaluation
-    from teefusion.devices import resolve_device
-    from teefusion.scoring import load_scorer
-    from teefusion.students import load_student
-    from teefusion.teachers import load_teacher
-    from teefusion.weights import with_weights
+    from teefusion.comparison import open_comparison
+    from teefusion.launch import run_scoring
 
-    options = settings.evaluate
-    chosen = evaluation.choose_prompts(load_prompt_set(prompts).heldout, options)
-    teacher = with_weights(load_teacher(settings.teacher, device=settings.device), settings.strategy)
-    pipeline = load_student(student, device=teacher.device, dtype=teacher.pipeline.transformer.dtype)
-    scorer = load_scorer(options.scorer, device=resolve_device(settings.device))
-    rows = evaluation.samplers(settings, teacher, pipeline)
-    scores = evaluation.score_rows(rows, scorer, chosen, options, output)
+    run_scoring(settings, prompts=prompts, student=student, output=output)
+    compared = open_comparison(settings, prompts, student, output, source)
+    rows, chosen = compared.rows, list(compared.prompts)
+    scores = compared.score()
     styles = tuple(prompt.style for prompt in chosen)
     texts = tuple(prompt.text for prompt in chosen)
     verdict = decide(
@@ -84,6 +85,7 @@ def _compare(settings: Settings, prompts: Path, student: Path, training: dict[st
     )
     result = {
         "scores": {row: _by_style(values, chosen) for row, values in scores.items()},
+        "benchmark": {row: _benchmark(values, chosen) for row, values in scores.items()},
         "per_prompt": [
             {"prompt": prompt.text, "style": prompt.style} | {row: scores[row][k] for row in rows}
             for k, prompt in enumerate(chosen)
@@ -92,20 +94,31 @@ def _compare(settings: Settings, prompts: Path, student: Path, training: dict[st
         "seconds_per_image": {row: rows[row].timing() for row in rows},
         "guidance_residual": training["guidance_residual"],
         "gate": verdict.to_dict(),
-        "scorer": scorer.describe(),
+        "scorer": compared.scorer.describe(),
         "training": training,
     }
     write_bytes(output / "report.html", _report(settings, rows, chosen, verdict, result).encode())
     write_json(output / RESULT, result)
+    compared.forget_claims()
 
 
 def _by_style(values: list[float], prompts: list[Prompt]) -> dict[str, dict[str, float]]:
     """Mean, standard error and count, overall and by style."""
-    groups = {"overall": values} | {
+    return {name: _mean(group) for name, group in ({"overall": values} | _styles(values, prompts)).items()}
+
+
+def _benchmark(values: list[float], prompts: list[Prompt]) -> dict[str, Any] | None:
+    """The HPS v2 benchmark's number, where every style has whole groups."""
+    score = benchmark_score(_styles(values, prompts))
+    return score.to_dict() if score else None
+
+
+def _styles(values: list[float], prompts: list[Prompt]) -> dict[str, list[float]]:
+    """Scores of each style, in the prompts' order."""
+    return {
         style: [value for value, prompt in zip(values, prompts, strict=True) if prompt.style == style]
         for style in sorted({prompt.style for prompt in prompts})
     }
-    return {name: _mean(group) for name, group in groups.items()}
 
 
 def _mean(values: list[float]) -> dict[str, float]:
@@ -137,6 +150,8 @@ def _report(
         num_steps=options.num_steps or settings.strategy.num_steps,
         guidance_scale=options.guidance_scale,
         scorer=result["scorer"]["name"],
+        scorer_details=result["scorer"],
+        benchmark={row: BenchmarkScore.from_dict(score) for row, score in result["benchmark"].items() if score},
         verdict=verdict,
         scores={
             row: {style: report.Score(**value) for style, value in by_style.items()}

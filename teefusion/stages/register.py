@@ -37,6 +37,7 @@ def _tags(settings: Settings, student: Path, result: dict[str, Any]) -> dict[str
         "guidance_residual": f"{result['guidance_residual']:.4f}",
         "gate": "passed",
         "scorer": result["scorer"]["name"],
+        "scorer_sha256": result["scorer"]["weights_sha256"],
     }
     tags |= {f"nfe_{row}": f"{result['nfe'][row]:g}" for row in ("teacher", "student")}
     for row in ("teacher", "student"):

@@ -65,6 +65,8 @@ def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str
         "strategy": settings.strategy.name,
         "guidance_residual": training.get("guidance_residual"),
         "scores": scores and {r: {k: v["mean"] for k, v in styles.items()} for r, styles in scores.items()},
+        "benchmark": evaluation.get("benchmark"),
+        "scorer": evaluation.get("scorer"),
         "nfe": evaluation and {row: evaluation["nfe"][row] for row in compared},
         "seconds_per_image": evaluation and {row: evaluation["seconds_per_image"][row]["median"] for row in compared},
         "gate": gate and {"passed": gate["passed"], "reasons": gate["reasons"]},

@@ -1,0 +1,70 @@
+"""From trained weights to a student folder that diffusers loads, and pictures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from teefusion.fusion import Fusion, fuse
+from teefusion.pictures import contact_sheet
+from teefusion.settings import Settings
+from teefusion.strategies import sub_grid
+from teefusion.students import make_student, save_student
+from teefusion.teachers import Teacher, load_teacher, load_transformer
+
+_SCALES = 4
+
+
+def export_student(settings: Settings, fusion: Fusion, weights: Mapping[str, Tensor], folder: Path) -> Any:
+    """Save the student with these float32 weights as ``folder``, loaded back to prove it; returns its pipeline.
+
+    Raises StudentError where it does not load, TeacherError, StorageError.
+    """
+    transformer, _ = load_transformer(settings.teacher)
+    fuse(transformer, fusion)
+    kept = transformer.load_state_dict(weights, strict=False)  # buffers, such as the position table, are the teacher's
+    missing = set(kept.missing_keys) & {name for name, _ in transformer.named_parameters()}
+    assert not missing, f"training gave no weights for {sorted(missing)}"
+    assert not kept.unexpected_keys, f"training gave weights for {kept.unexpected_keys}, which are not there"
+    options = settings.teacher.model_copy(update={"dtype": "float32"})
+    teacher = load_teacher(options, device="cpu", transformer=transformer.eval())
+    student = make_student(
+        teacher.pipeline,
+        fusion,
+        max_sequence_length=options.max_sequence_length,
+        guidance_range=(settings.strategy.guidance_min, settings.strategy.guidance_max),
+        sigmas=_own_sigmas(settings, teacher),
+    )
+    save_student(student, folder)
+    return student
+
+
+def sample_sheet(settings: Settings, student: Any, prompts: Sequence[str]) -> Image | None:
+    """A row of pictures a prompt, one for each of four guidance scales, from fixed seeds; none without prompts."""
+    low, high = settings.strategy.guidance_min, settings.strategy.guidance_max
+    scales = [low + (high - low) * k / (_SCALES - 1) for k in range(_SCALES)]
+    rows = []
+    for prompt in prompts:
+        generators = [torch.Generator().manual_seed(0) for _ in scales]
+        rows.append(
+            [
+                student(prompt, guidance_scale=s, num_inference_steps=settings.student_steps, generator=g).images[0]
+                for s, g in zip(scales, generators, strict=True)
+            ]
+        )
+    return contact_sheet(rows) if rows else None
+
+
+def _own_sigmas(settings: Settings, teacher: Teacher) -> list[float] | None:
+    """Starts of the student's own steps before the schedule's shift; none where it steps as its teacher."""
+    if settings.student_steps == settings.strategy.num_steps:
+        return None
+    shift = teacher.family.shift(teacher.pipeline, teacher.latent_shape)
+    sigmas = teacher.grid(settings.strategy.num_steps).sigmas.tolist()
+    starts = [sigmas[k] for k in sub_grid(settings.strategy.num_steps, settings.student_steps)[:-1]]
+    return [sigma / (shift - (shift - 1) * sigma) for sigma in starts]

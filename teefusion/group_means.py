@@ -1,0 +1,64 @@
+"""The number that the HPS v2 benchmark reports: a style's mean and deviation over groups of 80 prompts. Pure.
+
+Published with HPS v2 (arXiv 2306.09341; tgxs002/HPSv2): four styles of 800 prompts, ten groups each; a style's number
+is the mean of its groups' means, with the standard deviation between them; the average is the mean over all prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+GROUP_SIZE = 80
+
+
+@dataclass(frozen=True)
+class StyleMean:
+    """Of one style."""
+
+    mean: float
+    """Of the groups' means."""
+    deviation: float | None
+    """Population standard deviation of the groups' means; none of a single group."""
+    groups: int
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """Of one scorer and one row of pictures."""
+
+    styles: Mapping[str, StyleMean]
+    average: float
+    """Over all prompts."""
+    group_size: int = GROUP_SIZE
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BenchmarkScore:
+        """What ``to_dict`` wrote."""
+        styles = {style: StyleMean(**value) for style, value in values["styles"].items()}
+        return cls(styles, values["average"], values["group_size"])
+
+
+def benchmark_score(scores: Mapping[str, Sequence[float]], *, group_size: int = GROUP_SIZE) -> BenchmarkScore | None:
+    """From the scores of each style, in the order of its prompts.
+
+    None where the protocol does not apply: there is no style, or one that is no whole number of groups. A score that
+    is not finite makes its style's and the average's numbers not finite. Raises ValueError for a group size below 1.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}: a group has at least one prompt")
+    if not scores or any(not values or len(values) % group_size for values in scores.values()):
+        return None
+    styles = {style: _style_mean(values, group_size) for style, values in scores.items()}
+    return BenchmarkScore(styles, fmean(score for values in scores.values() for score in values), group_size)
+
+
+def _style_mean(values: Sequence[float], group_size: int) -> StyleMean:
+    means = [fmean(values[start : start + group_size]) for start in range(0, len(values), group_size)]
+    return StyleMean(fmean(means), pstdev(means) if len(means) > 1 else None, len(means))

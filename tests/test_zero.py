@@ -1,0 +1,86 @@
+"""DeepSpeed ZeRO takes the steps of plain data parallelism. Needs DeepSpeed (`make deepspeed`) and a compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teefusion.settings import Settings
+from tests.test_training import Job, assert_close, assert_equal
+
+Make = Callable[..., Settings]
+MISSING = importlib.util.find_spec("deepspeed") is None or not shutil.which("c++")
+TWO = {"train.num_processes": 2, "train.max_restarts": 0, "train.log_every": 1, "train.steps": 8}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(MISSING, reason="needs DeepSpeed and a C++ compiler"),
+]
+
+
+def losses(record: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([loss for _, loss in record["loss_curve"]])
+
+
+def test_every_stage_gives_the_losses_and_the_student_of_plain_data_parallelism(
+    make_settings: Make, tmp_path: Path
+) -> None:
+    """In float32, on two gloo ranks: losses within 1e-5 of each other, averaged weights within 1e-5."""
+    job = Job(make_settings, tmp_path)
+    plain = job.train("plain", TWO)
+    for stage in (1, 2, 3):
+        record = job.train(f"zero{stage}", TWO | {"train.zero_stage": stage})
+        assert record["zero_stage"] == stage
+        assert record["ranks"] == 2
+        assert record["parameters"] == plain["parameters"]
+        torch.testing.assert_close(losses(record), losses(plain), rtol=1e-5, atol=1e-5)
+        assert record["guidance_residual"] == pytest.approx(plain["guidance_residual"], rel=1e-4)
+        assert_close(job.weights("plain"), job.weights(f"zero{stage}"), atol=1e-5)
+
+
+def test_a_rank_that_dies_is_started_again_and_the_end_is_the_same(make_settings: Make, tmp_path: Path) -> None:
+    """SIGKILL of one rank at ZeRO 2: torchrun starts both again, from the checkpoint."""
+    job = Job(make_settings, tmp_path)
+    values = TWO | {"train.zero_stage": 2, "train.steps": 40, "train.checkpoint_every": 2}
+    job.train("whole", values)
+    killer = threading.Thread(target=kill_one_rank, args=(tmp_path / "killed" / "checkpoints",))
+    killer.start()
+    record = job.train("killed", values | {"train.max_restarts": 1})
+    killer.join()
+    assert record["resumed_from"] > 0
+    assert_equal(job.weights("whole"), job.weights("killed"))
+
+
+def kill_one_rank(checkpoints: Path) -> None:
+    """Once there is a checkpoint."""
+    while not list(checkpoints.glob("step-*/digests.json")):
+        time.sleep(0.05)
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"teefusion.training .*{checkpoints.parent}"], capture_output=True, text=True
+    )
+    for pid in ranks.stdout.split():
+        if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+            return
+
+
+def test_bfloat16_with_zero_keeps_float32_master_weights(make_settings: Make, tmp_path: Path) -> None:
+    job = Job(make_settings, tmp_path)
+    half = job.train("half", TWO | {"train.zero_stage": 2, "train.precision": "bfloat16"})
+    plain = job.train("plain", TWO)
+    assert all(value.dtype == torch.float32 for value in job.weights("half").values())
+    torch.testing.assert_close(losses(half), losses(plain), rtol=0.05, atol=0.05)
+    rounded = [torch.equal(value, value.bfloat16().float()) for value in job.weights("half").values()]
+    assert not all(rounded)
