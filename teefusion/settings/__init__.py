@@ -1,0 +1,56 @@
+"""Everything configurable, as one typed, frozen model that is checked before anything is spent.
+
+Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``), the ``--config`` file, the
+teacher's preset, the defaults. An unknown key is an error in every one of them.
+
+Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the papers' ``w`` is ``s - 1``.
+"""
+
+from __future__ import annotations
+
+from teefusion.settings.cluster import ClusterSettings, JobStage, TolerationSettings
+from teefusion.settings.loading import job_settings, load_settings, presets, settings_from_json, validate_settings
+from teefusion.settings.method import (
+    FusionSettings,
+    Inverse,
+    LegSettings,
+    PromptSettings,
+    StrategySettings,
+    StudentSettings,
+    TargetSettings,
+    TeacherSettings,
+    WeightsSource,
+)
+from teefusion.settings.run import Settings
+from teefusion.settings.section import ENV_PREFIX, JOB_VARIABLE
+from teefusion.settings.services import MlflowSettings, StorageSettings
+from teefusion.settings.train import TrainSettings
+from teefusion.settings.verdict import EvaluateSettings, GateSettings
+
+__all__ = [
+    "ENV_PREFIX",
+    "JOB_VARIABLE",
+    "ClusterSettings",
+    "EvaluateSettings",
+    "FusionSettings",
+    "GateSettings",
+    "Inverse",
+    "JobStage",
+    "LegSettings",
+    "MlflowSettings",
+    "PromptSettings",
+    "Settings",
+    "StorageSettings",
+    "StrategySettings",
+    "StudentSettings",
+    "TargetSettings",
+    "TeacherSettings",
+    "TolerationSettings",
+    "TrainSettings",
+    "WeightsSource",
+    "job_settings",
+    "load_settings",
+    "presets",
+    "settings_from_json",
+    "validate_settings",
+]

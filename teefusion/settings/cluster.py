@@ -1,0 +1,140 @@
+"""Stages on several machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from teefusion.settings.section import JOB_VARIABLE, Section
+
+JobStage = Literal["targets", "train"]
+"""The stages that may take several machines."""
+# Of variables that hold secrets.
+_SECRET_ENDINGS = ("_TOKEN", "PASSWORD", "_KEY", "_KEY_ID", "_SECRET")
+
+
+class TolerationSettings(Section):
+    """A taint of nodes that pods may be placed on nevertheless; as in Kubernetes, `key: nvidia.com/gpu`."""
+
+    key: str | None = None
+    """None is every taint."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    """With Equal."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """None is all of them."""
+
+    @model_validator(mode="after")
+    def _value_is_compared(self) -> Self:
+        if (self.operator == "Equal") != (self.value is not None):
+            raise ValueError("operator Equal takes a value, and Exists takes none")
+        if self.key is None and self.operator == "Equal":
+            raise ValueError("operator Equal takes a key")
+        return self
+
+
+class ClusterSettings(Section):
+    """Training and targets as TrainJobs of Kubeflow Trainer. All of it is where and how fast, none of it what.
+
+    Secrets are named here, never held: their keys become variables of the pods.
+    """
+
+    launcher: Literal["auto", "here", "trainjob"] = "auto"
+    """`here`: this process, or torchrun on this machine. `auto`: a TrainJob where there are several nodes."""
+    context: str | None = None
+    """Of the kubeconfig; none is this pod's service account, or else the current context."""
+    namespace: str | None = None
+    """None is this pod's, or else the context's."""
+    runtime: str = "teefusion-torch"
+    """Name of the training runtime; its policy must be `torch: {}`."""
+    runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
+    image: str | None = None
+    """Best by digest; none is the runtime's."""
+    nodes: int = Field(default=1, gt=0)
+    """Machines that train."""
+    target_nodes: int | None = Field(default=None, gt=0)
+    """Machines that make targets; none is `nodes`."""
+    processes_per_node: int = Field(default=1, gt=0)
+    """Ranks or workers a machine, in place of train.num_processes and targets.num_processes."""
+    cpus: float | None = Field(default=None, gt=0)
+    """Requested a node; none is the runtime's."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Requested a node (GiB), and its limit; none is the runtime's."""
+    accelerator: str = Field(default="nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
+    """The resource as the device plugin calls it."""
+    accelerators: int | None = Field(default=None, ge=0)
+    """A node; none is one a process, and none at all where device is cpu."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes, as in `{nvidia.com/gpu.product: NVIDIA-H200}`."""
+    tolerations: tuple[TolerationSettings, ...] = ()
+    shm_gb: float | None = Field(default=16.0, gt=0)
+    """Size of /dev/shm (GiB), part of the memory limit; none is the runtime's."""
+    volume_claim: str | None = None
+    """PersistentVolumeClaim (ReadWriteMany) with the workdir, mounted in the pods as it is mounted here."""
+    volume_path: Path | None = None
+    """Where it is mounted, here and there."""
+    queue: str | None = None
+    """Kueue's LocalQueue."""
+    priority_class: str | None = None
+    """Kueue's WorkloadPriorityClass."""
+    service_account: str | None = None
+    """Of the training pods; none is the runtime's."""
+    image_pull_secrets: tuple[str, ...] = ()
+    s3_secret: str | None = None
+    """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, perhaps AWS_SESSION_TOKEN."""
+    mlflow_secret: str | None = None
+    """Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
+    hub_secret: str | None = None
+    """Secret with HF_TOKEN."""
+    config_map: str | None = None
+    """ConfigMap of which `config_map_keys` become variables of the pods."""
+    config_map_keys: tuple[str, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    """Further variables of the pods, such as HF_HOME or NCCL_DEBUG. No secrets: anyone can read them."""
+    active_deadline_s: int | None = Field(default=None, gt=0)
+    """A job is ended and has failed after this long; time in the queue does not count."""
+    start_timeout_s: float | None = Field(default=None, gt=0)
+    """A job whose nodes are not all running by then is deleted; none waits as long as the queue takes."""
+    poll_s: float = Field(default=10.0, gt=0)
+    """Between two looks at events and pods; the job's own state is watched."""
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """For an answer of the Kubernetes API."""
+    patience_s: float = Field(default=600.0, gt=0)
+    """How long the Kubernetes API may be away, or an old job take to vanish; the job itself goes on meanwhile."""
+    keep_finished: bool = False
+    """Whether a completed job stays. A failed one does, until the next attempt takes its place."""
+
+    def content(self) -> dict[str, Any]:
+        """Nothing: where a run is computed changes no result."""
+        return {}
+
+    def nodes_for(self, stage: JobStage) -> int:
+        """Machines of a stage."""
+        return self.target_nodes or self.nodes if stage == "targets" else self.nodes
+
+    def takes_trainjob(self, stage: JobStage) -> bool:
+        """Whether a stage runs as a TrainJob."""
+        return self.launcher == "trainjob" or (self.launcher == "auto" and self.nodes_for(stage) > 1)
+
+    @model_validator(mode="after")
+    def _parts_come_together(self) -> Self:
+        if (self.volume_claim is None) != (self.volume_path is None):
+            raise ValueError("volume_claim and volume_path come together: set both or none")
+        if self.volume_path is not None and not self.volume_path.is_absolute():
+            raise ValueError(f"volume_path {self.volume_path} is not absolute")
+        if bool(self.config_map) != bool(self.config_map_keys):
+            raise ValueError("config_map and config_map_keys come together: set both or none")
+        if self.priority_class and not self.queue:
+            raise ValueError("priority_class is Kueue's, and takes a queue")
+        taken = sorted(name for name in self.env if name.startswith("PET_") or name == JOB_VARIABLE)
+        if taken:
+            raise ValueError(f"env sets {', '.join(taken)}, which the launcher and the training runtime set")
+        secret = sorted(name for name in self.env if name.endswith(_SECRET_ENDINGS))
+        if secret:
+            raise ValueError(f"env sets {', '.join(secret)}, which anyone could read: put it in a Secret and name that")
+        twice = sorted(self.env.keys() & set(self.config_map_keys))
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is both in env and in config_map_keys")
+        return self

@@ -1,0 +1,49 @@
+"""What a run uses around it: MLflow and object storage."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from teefusion.settings.section import Section
+
+
+class MlflowSettings(Section):
+    """Tracking and registry. Credentials come from MLflow's own variables, never from here."""
+
+    tracking_uri: str | None = None
+    """None is SQLite in the workdir."""
+    experiment: str = "teefusion"
+    model_name: str | None = None
+    """Registered model; none is `teefusion-<teacher>`."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """For the server's first answer."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"tracking_uri", "experiment", "timeout_s"})
+
+
+class StorageSettings(Section):
+    """Where target sets are kept, and how S3 is spoken to. Credentials come from the environment, never from here."""
+
+    uri: str | None = None
+    """A folder, `file:///folder` or `s3://bucket/prefix`; none is the workdir."""
+    endpoint_url: str | None = None
+    """S3 server, as `https://host:port`; none is AWS."""
+    region: str | None = None
+    """None is what boto3 finds."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """`path` is what most servers other than AWS need."""
+    max_attempts: int = Field(default=10, gt=0)
+    """Of a request, with growing pauses between them."""
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    multipart_mb: int = Field(default=64, ge=5, le=5000)
+    """Larger objects travel in parts of this size (MiB)."""
+    cache_gb: float = Field(default=50.0, gt=0)
+    """Disk in the workdir (GiB) for shards read from S3; the ones read longest ago make room."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"uri", "endpoint_url", "region", "addressing_style", "max_attempts", "connect_timeout_s", "read_timeout_s"}
+        | {"multipart_mb", "cache_gb"}
+    )
