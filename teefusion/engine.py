@@ -18,6 +18,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from teefusion.average import Average
 from teefusion.devices import plain_attention
@@ -71,6 +72,9 @@ class Engine:
             micro = options.batch_size // (self.accelerator.num_processes * options.gradient_accumulation_steps)
             self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro
         self.model, self.optimizer = self.accelerator.prepare(model, base)
+        if self.zero:
+            # Accelerate tells transformers of ZeRO, which then shards every model that it loads. Ours are whole.
+            unset_hf_deepspeed_config()
         if options.compile:
             self.unwrapped.compile()
         self.average = Average(self._masters(), options.ema_decay) if options.ema_decay else None
