@@ -219,7 +219,7 @@ def _optimizer(options: TrainSettings, weights: Any) -> torch.optim.Optimizer:
     except ImportError as error:
         raise TrainingError(
             "train.optimizer adamw_8bit needs the library bitsandbytes, which is not installed. Run "
-            "'pip install bitsandbytes', or set train.optimizer=adamw."
+            "'pip install teefusion[adamw-8bit]', or set train.optimizer=adamw."
         ) from error
     return AdamW8bit(weights, **values)  # type: ignore[no-any-return]
 
