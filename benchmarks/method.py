@@ -224,19 +224,22 @@ def plot(results: list[Result], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    for name in dict.fromkeys(result.row for result in results):
+    figure, axes = pyplot.subplots(figsize=(11, 6))
+    colours = pyplot.get_cmap("tab20").colors
+    for k, name in enumerate(dict.fromkeys(result.row for result in results)):
         members = [result for result in results if result.row == name]
         scores = [result.score_overall for result in members]
         seconds = statistics.fmean(result.seconds_per_image for result in members)
         error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
         is_student = members[0].guidance_residual is not None
-        axes.errorbar(seconds, statistics.fmean(scores), error, fmt="o" if is_student else "s", capsize=3)
-        axes.annotate(name, (seconds, statistics.fmean(scores)), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        fmt = "o" if is_student else "s"
+        colour = colours[k % len(colours)]
+        axes.errorbar(seconds, statistics.fmean(scores), error, fmt=fmt, color=colour, capsize=3, label=name)
     axes.set(
         xscale="log", xlabel="seconds a picture", ylabel="score", title="students (circles) and teachers (squares)"
     )
     axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 

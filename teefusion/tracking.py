@@ -45,12 +45,19 @@ def connect(settings: Settings) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        raise TrackingError(
+            f"MLflow's database {_shown(uri)} cannot be used: {reason}. If it is a file: no space left, or no "
+            "permission to write there? Free some space, or set mlflow.tracking_uri, and run again."
+        ) from error
     except (MlflowException, OSError, ValueError) as error:
         raise TrackingError(f"MLflow at {_shown(uri)} cannot be used: {error}. Check mlflow.tracking_uri.") from error
     return client

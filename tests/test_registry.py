@@ -30,7 +30,7 @@ def evaluation(folder: Path, *, passed: bool) -> Path:
         "scores": {row: scores for row in ("unguided", "teacher", "student")},
         "nfe": {"teacher": 8.0, "student": 4.0},
         "guidance_residual": 0.125,
-        "scorer": {"name": "tiny"},
+        "scorer": {"name": "tiny", "weights_sha256": "ab12"},
     }
     write_json(folder / "evaluation.json", result)
     return folder
@@ -58,6 +58,7 @@ def test_a_passed_student_becomes_challenger_with_its_history_in_tags(make_setti
         "nfe_student": "4",
         "score_student_overall": "31.2500",
         "guidance_residual": "0.1250",
+        "scorer_sha256": "ab12",
     }
     assert expected.items() <= version.tags.items()
     assert "31.25" in version.description
