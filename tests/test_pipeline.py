@@ -119,7 +119,7 @@ def test_compiled_yaml_is_deterministic_and_holds_the_stages_the_gate_and_no_sec
 
 
 def test_a_full_disk_leaves_nothing_that_a_later_run_trusts(options: list[str], tmp_path: Path) -> None:
-    """Files are limited to 8 KiB, so neither shards nor MLflow's database fit; then the limit goes, and all ends well."""
+    """Files are limited to 8 KiB, so neither shards nor MLflow's database fit; then the limit goes."""
     limit = "trap '' XFSZ; ulimit -f 8;"
     done = teefusion("targets", *options, limit=limit)
     assert done.returncode == 1
