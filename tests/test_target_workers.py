@@ -26,7 +26,8 @@ MANY = {"targets.trajectories": 80, "targets.heldout_trajectories": 8}
 
 
 def worker(settings: str, prompts: str, uri: str) -> None:
-    """Body of a worker's process."""
+    """Body of a worker's process; its server was started before a test could set variables."""
+    os.environ.update(ENVIRONMENT)
     from teefusion.target_sets import generate_targets
 
     parsed = settings_from_json(settings)
