@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for state in ("cold", "warm")
     }
     large = repeated(folder, manifest, options.repeat)
-    small_mb = peak_mb(lambda: read_stream(folder, manifest, options.shuffle_mb))
-    large_mb = peak_mb(lambda: read_stream(folder, large, options.shuffle_mb))
+    small_mb = peak_mb(folder, manifest, options.shuffle_mb)
+    large_mb = peak_mb(folder, large, options.shuffle_mb)
     return {
         "read_ratio": statistics.median(ratios["cold"]),
         "read_ratio_cached": statistics.median(ratios["warm"]),
@@ -125,23 +127,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def peak_mb(work: Callable[[], object]) -> float:
-    """Largest resident memory (MB) of a process that does nothing else, above what its imports take."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        import resource
+def peak_mb(folder: Path, manifest: Any, shuffle_mb: int) -> float:
+    """Largest resident memory (MB) of a process that streams an epoch and does nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak, folder, manifest, shuffle_mb).result()
 
-        work_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        work()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(writer, f"{(peak - work_before) / 1024:.1f}".encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        text = stream.read()
-    os.waitpid(child, 0)
-    return float(text)
+
+def _peak(folder: Path, manifest: Any, shuffle_mb: int) -> float:
+    import resource
+
+    read_stream(folder, manifest, shuffle_mb)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
