@@ -86,7 +86,11 @@ class Engine:
         return self.accelerator.unwrap_model(self.model)
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
-        """One optimizer step over micro-batches, each a function that gives its loss."""
+        """One optimizer step over micro-batches, each a function that gives its loss.
+
+        Raises TrainingError under ZeRO for a later micro-batch whose loss is not finite: DeepSpeed cannot take back the
+        gradients of those before it.
+        """
         taken, norm, finite = [], 0.0, True
         for loss_of in losses:
             with self.accelerator.accumulate(self.model), self._attention():
@@ -95,6 +99,11 @@ class Engine:
                 finite = finite and self._all_finite(loss)
                 if not finite and not self.zero:
                     continue
+                if not finite and len(taken) > 1:
+                    raise TrainingError(
+                        "The loss of a micro-batch is not finite, and DeepSpeed cannot leave out a step that it has "
+                        "begun. The last checkpoint is good; lower train.learning_rate and run again."
+                    )
                 if not finite:
                     break  # before DeepSpeed has seen it: its engine steps inside backward
                 self.accelerator.backward(loss)

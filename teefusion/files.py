@@ -68,6 +68,23 @@ def storage_error(error: OSError, path: Path, action: str) -> StorageError:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Publish ``data`` at ``path`` whole or not at all. Raises StorageError."""
+    with _written_beside(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def create_bytes(path: Path, data: bytes) -> bool:
+    """Publish ``data`` at ``path`` if there is nothing there; whether this call did. Raises StorageError."""
+    with _written_beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)  # which a file system makes only where there is nothing
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[str]:
+    """A temporary file in the same folder, on disk with all of the data; gone after the block, if it is still there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -77,11 +94,10 @@ def write_bytes(path: Path, data: bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)  # mkstemp makes files only their owner can read; results are for the team
-            os.replace(temporary, path)
-        except BaseException:
+            yield temporary
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            raise
     except OSError as error:
         raise storage_error(error, path, "write") from error
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +20,7 @@ from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from teefusion.errors import NotFoundError, SettingsError, StorageError
-from teefusion.files import storage_error, write_bytes
+from teefusion.files import create_bytes, storage_error, write_bytes
 from teefusion.settings import ENV_PREFIX, StorageSettings
 
 _S3 = "s3://"
@@ -118,22 +116,8 @@ class FolderStore:
         write_bytes(self.folder / name, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See ``Store``; a hard link is what a file system makes only where there is nothing."""
-        path = self.folder / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(data)
-                os.link(temporary, path)
-            finally:
-                os.unlink(temporary)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise storage_error(error, path, "write") from error
-        return True
+        """See ``Store``."""
+        return create_bytes(self.folder / name, data)
 
     def size(self, name: str) -> int | None:
         """See ``Store``."""

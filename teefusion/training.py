@@ -7,6 +7,7 @@ in the engine: targets were computed before, so no teacher is held while trainin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,9 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     samples = [prompt.text for prompt in load_prompt_set(prompts).heldout[:_SAMPLE_PROMPTS]]
     run = _Run(settings, manifest, store, output, samples)
-    _stop_signals(run)
     try:
-        return run.complete()
+        with _stopped_by_sigterm(run):
+            return run.complete()
     finally:
         run.tracker.close()
         # Accelerate keeps its settings for the process; the next training here may want others.
@@ -356,10 +358,17 @@ def _fusion(settings: Settings, stock: Any, targets: Reader, manifest: Manifest)
     )
 
 
-def _stop_signals(run: _Run) -> None:
-    """SIGTERM, as of a spot instance that is taken back, ends the run after the step that is under way."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: run.stop())
+@contextlib.contextmanager
+def _stopped_by_sigterm(run: _Run) -> Iterator[None]:
+    """SIGTERM, as of a spot instance that is taken back, ends the run after the step under way; within the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: run.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from teefusion.settings import Settings, TeacherSettings, load_settings, presets
 from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.target_sets import generate_targets
+from tests.test_families import SD35
 
 Make = Callable[..., Settings]
 # A shape for tests of the arithmetic alone: 1000 FLOPs a forward.
@@ -176,21 +177,6 @@ def linear(rows: int, *widths: int) -> int:
     return sum(2 * rows * a * b for a, b in pairwise(widths))
 
 
-SD3_TINY = {
-    "attention_head_dim": 8,
-    "caption_projection_dim": 16,
-    "dual_attention_layers": [0],
-    "in_channels": 4,
-    "joint_attention_dim": 40,
-    "num_attention_heads": 2,
-    "num_layers": 2,
-    "out_channels": 4,
-    "patch_size": 2,
-    "pooled_projection_dim": 32,
-    "pos_embed_max_size": 8,
-    "qk_norm": "rms_norm",
-    "sample_size": 8,
-}
 FLUX_TINY = {
     "attention_head_dim": 12,
     "axes_dims_rope": [4, 4, 4],
@@ -219,7 +205,7 @@ def make_folder(folder: Path, transformer: Any, clip_tokens: int) -> TeacherSett
 
 def test_flops_of_an_sd3_forward_are_its_matrix_products(tmp_path: Path) -> None:
     """Counted by hand, attention included, which has to be seen on the meta device."""
-    shape = teacher_shape(make_folder(tmp_path, SD3Transformer2DModel(**SD3_TINY), clip_tokens=32))
+    shape = teacher_shape(make_folder(tmp_path, SD3Transformer2DModel(**SD35), clip_tokens=32))
     patches, tokens, width = 4 * 4, 32 + 12, 16
     both = patches + tokens
     attention = 2 * 2 * both * both * width  # queries with keys, then weights with values, over all heads
@@ -266,14 +252,14 @@ def test_flops_of_a_flux_forward_are_its_matrix_products(tmp_path: Path) -> None
 
 
 def test_flops_grow_with_the_picture_and_the_text(tmp_path: Path) -> None:
-    settings = make_folder(tmp_path, SD3Transformer2DModel(**SD3_TINY), clip_tokens=32)
+    settings = make_folder(tmp_path, SD3Transformer2DModel(**SD35), clip_tokens=32)
     base = teacher_shape(settings).forward_flops
     assert teacher_shape(settings.model_copy(update={"height": 8})).forward_flops < base
     assert teacher_shape(settings.model_copy(update={"max_sequence_length": 64})).forward_flops > base
 
 
 def test_a_built_model_computes_and_its_outline_has_no_weights(tmp_path: Path) -> None:
-    shape = architecture(make_folder(tmp_path, SD3Transformer2DModel(**SD3_TINY), clip_tokens=32))
+    shape = architecture(make_folder(tmp_path, SD3Transformer2DModel(**SD35), clip_tokens=32))
     assert {value.device.type for value in shape.outline().transformer.parameters()} == {"meta"}
     real = shape.outline(device="cpu", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -288,7 +274,7 @@ def test_a_built_model_computes_and_its_outline_has_no_weights(tmp_path: Path) -
 
 
 def test_an_overridden_uri_is_read_and_not_the_presets(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, SD3Transformer2DModel(**SD3_TINY), clip_tokens=32).uri
+    folder = make_folder(tmp_path, SD3Transformer2DModel(**SD35), clip_tokens=32).uri
     preset = load_settings(overrides={"teacher.name": "sd3-medium", "teacher.uri": folder})
     assert architecture(preset.teacher).transformer["num_layers"] == 2
 
@@ -302,7 +288,7 @@ def test_a_teacher_without_readable_configs_is_refused(tmp_path: Path, monkeypat
         architecture(TeacherSettings(name=str(tmp_path), uri=str(tmp_path)))
     with pytest.raises(TeacherError, match="Cannot tell the shape of nobody/nothing.*no network"):
         architecture(TeacherSettings(name="nobody/nothing", uri="nobody/nothing"))
-    settings = make_folder(tmp_path, SD3Transformer2DModel(**SD3_TINY), clip_tokens=32)
+    settings = make_folder(tmp_path, SD3Transformer2DModel(**SD35), clip_tokens=32)
     (tmp_path / "vae" / "config.json").write_text("{}")
     with pytest.raises(TeacherError, match="does not say its shape: 'block_out_channels' is missing"):
         architecture(settings)

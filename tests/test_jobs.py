@@ -284,6 +284,7 @@ def test_a_started_job_may_take_as_long_as_it_likes(server: ApiServer) -> None:
 
     server.plays = [play]
     run(server, start_timeout_s=0.4)
+    assert server.count("POST", JOBS) == 1
 
 
 def test_the_log_goes_on_after_a_broken_stream_without_a_line_twice(
@@ -347,6 +348,7 @@ def test_an_api_that_is_away_for_a_while_is_waited_for(server: ApiServer, monkey
 
     server.busy, server.plays = 3, [play]
     run(server)
+    assert server.busy == 0  # every refusal was met
 
 
 def test_an_api_that_stays_away_is_an_error_that_leaves_the_job(
@@ -422,6 +424,7 @@ def test_a_cluster_without_trainer_is_named(server: ApiServer) -> None:
 def test_a_cluster_runtime_that_may_not_be_read_is_left_to_the_creation(server: ApiServer) -> None:
     server.forbidden, server.plays = {("get", "clustertrainingruntimes")}, [completes]
     run(server, runtime_kind="ClusterTrainingRuntime")
+    assert server.count("POST", JOBS) == 1
 
 
 def test_no_way_to_a_cluster_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
