@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,9 @@ def _torchrun(settings: Settings, processes: int, module: str, arguments: list[s
         write_bytes(file, settings.to_json().encode())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}", "-m", module, f"--settings={file}", *arguments]
-        return subprocess.run(command, check=False, stdout=sys.stderr).returncode
+        # Else the ranks of a restart meet in the store of those before them, and gloo dials addresses of the dead.
+        environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return subprocess.run(command, check=False, stdout=sys.stderr, env=environment).returncode
 
 
 def _trainjob(settings: Settings, stage: JobStage, module: str, paths: dict[str, str]) -> None:
