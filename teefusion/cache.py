@@ -11,7 +11,7 @@ import os
 import threading
 from pathlib import Path
 
-from teefusion.files import content_key, write_bytes
+from teefusion.files import content_key, read_large, write_bytes
 from teefusion.settings import Settings
 from teefusion.storage import Reader, is_remote, open_store
 from teefusion.workspace import Workspace
@@ -36,12 +36,16 @@ class CachedReader:
 
     def read(self, name: str) -> bytes:
         """See ``Reader``."""
+        return bytes(self.read_large(name))
+
+    def read_large(self, name: str) -> memoryview:
+        """See ``Reader``."""
         path = self._own / name
         with contextlib.suppress(OSError):
-            data = path.read_bytes()
+            data = read_large(path)
             os.utime(path)  # the last to make room
             return data
-        data = self._store.read(name)
+        data = self._store.read_large(name)
         if len(data) <= self._limit:
             with self._writing:
                 self._make_room(len(data))

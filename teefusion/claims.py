@@ -34,23 +34,27 @@ def work_through(
     find: Callable[[str], Done | None],
     make: Callable[[str], Done],
     *,
+    find_all: Callable[[Sequence[str]], dict[str, Done]] | None = None,
     found: Callable[[Done, bool], None] = lambda _done, _made: None,
 ) -> dict[str, Done]:
     """Make what is missing of the items, together with other workers, and return all of them once all are published.
 
-    ``find`` gives a published item or none, ``make`` makes and publishes one, ``found`` hears of each and of whether
-    this worker made it. Raises what they raise; then the item is free for others after their patience.
+    ``find`` gives a published item or none, ``find_all`` those of many that are published, ``make`` makes and publishes
+    one, ``found`` hears of each and of whether this worker made it. Raises what they raise; then the item is free for
+    others after their patience.
     """
     worker = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
     done: dict[str, Done] = {}
     attempt, longest_s = 0, 0.0
     missing = _rotated(items)
     while missing:
+        published = find_all(missing) if find_all else _each(missing, find)
         for name in missing:
-            item, made = find(name), False
-            if item is None and store.create(f"{CLAIMS}{name}.{attempt}", worker.encode()):
-                item = find(name)  # published between the two
-                if item is None:
+            item, made = published.get(name), False
+            if item is None:
+                granted = store.create(f"{CLAIMS}{name}.{attempt}", worker.encode())
+                item = find(name)  # published since
+                if item is None and granted:
                     started = time.monotonic()
                     item, made = make(name), True
                     longest_s = max(longest_s, time.monotonic() - started)
@@ -66,8 +70,12 @@ def work_through(
 
 def forget_claims(store: Store) -> None:
     """Remove the claims of finished work."""
-    for name in store.names(CLAIMS):
+    for name in store.sizes(CLAIMS):
         store.delete(name)
+
+
+def _each(names: Sequence[str], find: Callable[[str], Done | None]) -> dict[str, Done]:
+    return {name: item for name in names if (item := find(name)) is not None}
 
 
 def _rotated(items: Sequence[str]) -> list[str]:

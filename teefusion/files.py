@@ -66,7 +66,7 @@ def storage_error(error: OSError, path: Path, action: str) -> StorageError:
     return StorageError(f"Cannot {action} {path}: {error.strerror or error}.")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Publish ``data`` at ``path`` whole or not at all. Raises StorageError."""
     with _written_beside(path, data) as temporary:
         os.replace(temporary, path)
@@ -83,7 +83,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _written_beside(path: Path, data: bytes) -> Iterator[str]:
+def _written_beside(path: Path, data: bytes | memoryview) -> Iterator[str]:
     """A temporary file in the same folder, on disk with all of the data; gone after the block, if it is still there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,22 @@ def json_bytes(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Publish ``value`` as indented JSON with sorted keys. Raises StorageError, and ValueError for NaN."""
     write_bytes(path, json_bytes(value))
+
+
+def read_large(path: Path) -> memoryview:
+    """A file of megabytes, in memory on huge pages where the system has them: numpy asks for them, ``bytes`` does not.
+
+    A page at a time, the kernel takes longer to hand out fresh memory than to fill it from its cache (docs/scale.md).
+    Raises OSError.
+    """
+    import numpy as np
+
+    with path.open("rb", buffering=0) as stream:
+        buffer = np.empty(os.fstat(stream.fileno()).st_size, np.uint8).data
+        filled = 0
+        while filled < len(buffer) and (count := stream.readinto(buffer[filled:])):
+            filled += count
+    return buffer[:filled]
 
 
 def read_json(path: Path) -> Any:

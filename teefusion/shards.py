@@ -18,6 +18,8 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from pydantic import ValidationError
@@ -36,6 +38,7 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+_READERS = 16  # of records, which are small: the store's delay is what they take
 _ADVICE = "Run 'teefusion targets verify --repair' with the settings that made it: it makes the bad files anew."
 
 
@@ -59,21 +62,37 @@ def finished(store: Store, name: str) -> FileRecord | None:
 
     The file's size is compared, its content is not: every reader does that, and ``teefusion targets verify``.
     """
+    record = _record(store, name)
+    return record if record and store.size(tensor_file(name)) == record.bytes else None
+
+
+def all_finished(store: Store, names: Sequence[str]) -> dict[str, FileRecord]:
+    """Those of many files that ``finished`` would give: by listings, and a request for each that is there."""
+    folders = {name.rpartition("/")[0] for name in names}
+    sizes = {name: size for folder in folders for name, size in store.sizes(f"{folder}/").items()}
+    there = [name for name in names if tensor_file(name) in sizes and record_file(name) in sizes]
+    with ThreadPoolExecutor(_READERS) as readers:
+        records = readers.map(lambda name: _record(store, name), there)
+        pairs = zip(there, records, strict=True)
+        return {name: record for name, record in pairs if record and record.bytes == sizes[tensor_file(name)]}
+
+
+def _record(store: Store, name: str) -> FileRecord | None:
     try:
         record = FileRecord.model_validate(json.loads(store.read(record_file(name))))
     except (NotFoundError, ValueError, ValidationError):
         return None
-    return record if record.name == name and store.size(tensor_file(name)) == record.bytes else None
+    return record if record.name == name else None
 
 
-def read_verified(store: Reader, record: FileRecord) -> bytes:
+def read_verified(store: Reader, record: FileRecord) -> memoryview:
     """The file's bytes, once size and sha256 are what the record says. Raises IntegrityError otherwise."""
     file = tensor_file(record.name)
     try:
-        data = store.read(file)
+        data = store.read_large(file)
         damage = _damage(data, record)
         if damage and store.forget(file):  # only a copy was damaged, it may be
-            data = store.read(file)
+            data = store.read_large(file)
             damage = _damage(data, record)
     except NotFoundError as error:
         raise IntegrityError(f"{store.where(file)} is missing. {_ADVICE}") from error
@@ -87,13 +106,13 @@ def read_tensors(store: Reader, record: FileRecord) -> dict[str, Tensor]:
     return _view(read_verified(store, record))
 
 
-def _view(data: bytes) -> dict[str, Tensor]:
+def _view(data: memoryview) -> dict[str, Tensor]:
     """The tensors of a safetensors file, as views of its bytes.
 
     safetensors' own ``load`` copies them, which takes as long as reading or hashing them does (benchmarks/shards.py).
     """
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
+    header = json.loads(bytes(data[8 : 8 + length]))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -105,7 +124,7 @@ def _view(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _damage(data: bytes, record: FileRecord) -> str:
+def _damage(data: memoryview, record: FileRecord) -> str:
     """What is wrong with a file's content, empty where nothing is."""
     if len(data) != record.bytes:
         return f"has {len(data)} bytes, the manifest says {record.bytes}"

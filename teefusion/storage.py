@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from teefusion.errors import NotFoundError, SettingsError, StorageError
-from teefusion.files import create_bytes, storage_error, write_bytes
+from teefusion.files import create_bytes, read_large, storage_error, write_bytes
 from teefusion.settings import ENV_PREFIX, StorageSettings
 
 _S3 = "s3://"
@@ -34,6 +36,10 @@ class Reader(Protocol):
 
     def read(self, name: str) -> bytes:
         """The object. Raises NotFoundError where there is none, StorageError where it cannot be had."""
+        ...
+
+    def read_large(self, name: str) -> memoryview:
+        """The object, as ``read`` gives it, in memory that is fast to fill with megabytes."""
         ...
 
     def forget(self, name: str) -> bool:
@@ -60,8 +66,8 @@ class Store(Reader, Protocol):
         """Bytes of the object, none where there is none. Raises StorageError."""
         ...
 
-    def names(self, prefix: str = "") -> list[str]:
-        """Names that begin with ``prefix``, sorted. Raises StorageError."""
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object whose name begins with ``prefix``, sorted by name. Raises StorageError."""
         ...
 
     def delete(self, name: str) -> None:
@@ -104,12 +110,13 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """See ``Store``."""
-        try:
+        with self._read_errors(name):
             return (self.folder / name).read_bytes()
-        except FileNotFoundError as error:
-            raise NotFoundError(f"{self.where(name)} is missing.") from error
-        except OSError as error:
-            raise storage_error(error, self.folder / name, "read") from error
+
+    def read_large(self, name: str) -> memoryview:
+        """See ``Store``."""
+        with self._read_errors(name):
+            return read_large(self.folder / name)
 
     def write(self, name: str, data: bytes) -> None:
         """See ``Store``."""
@@ -128,10 +135,15 @@ class FolderStore:
         except OSError as error:
             raise storage_error(error, self.folder / name, "read") from error
 
-    def names(self, prefix: str = "") -> list[str]:
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         """See ``Store``; hidden files, which are writes under way, are left out."""
-        found = (p for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return sorted(name for p in found if (name := p.relative_to(self.folder).as_posix()).startswith(prefix))
+        sizes = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if name.startswith(prefix) and not path.name.startswith(".") and path.is_file():
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    sizes[name] = path.stat().st_size
+        return sizes
 
     def delete(self, name: str) -> None:
         """See ``Store``."""
@@ -147,6 +159,15 @@ class FolderStore:
     def where(self, name: str) -> str:
         """See ``Reader``."""
         return str(self.folder / name)
+
+    @contextlib.contextmanager
+    def _read_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{self.where(name)} is missing.") from error
+        except OSError as error:
+            raise storage_error(error, self.folder / name, "read") from error
 
 
 class S3Credentials(BaseSettings):
@@ -193,6 +214,10 @@ class S3Store:
         self._bucket_exists = True
         return buffer.getvalue()
 
+    def read_large(self, name: str) -> memoryview:
+        """See ``Store``."""
+        return memoryview(self.read(name))
+
     def write(self, name: str, data: bytes) -> None:
         """See ``Store``."""
         with self._errors("write", name):
@@ -231,12 +256,13 @@ class S3Store:
         except NotFoundError:
             return None
 
-    def names(self, prefix: str = "") -> list[str]:
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         """See ``Store``."""
         start = self._key("")
         with self._errors("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
-            return sorted(item["Key"].removeprefix(start) for page in pages for item in page.get("Contents", []))
+            items = [item for page in pages for item in page.get("Contents", [])]
+        return {item["Key"].removeprefix(start): item["Size"] for item in sorted(items, key=itemgetter("Key"))}
 
     def delete(self, name: str) -> None:
         """See ``Store``."""

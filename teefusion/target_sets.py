@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from teefusion.manifests import (
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt, PromptSet, load_prompt_set
 from teefusion.settings import JOB_VARIABLE, Settings, job_settings
-from teefusion.shards import finished, read_tensors, write_tensors
+from teefusion.shards import all_finished, finished, read_tensors, write_tensors
 from teefusion.storage import Store, open_store
 from teefusion.strategies import make_strategy
 from teefusion.targets import Draw, draw, noise_pictures, walk
@@ -51,6 +51,7 @@ from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.targets")
 _NULL = "embeddings/null"
+Make = Callable[[str], FileRecord]
 Count = Callable[[FileRecord, bool], None]
 
 
@@ -165,13 +166,11 @@ def _publish(plan: Plan, store: Store, parts: Sequence[_Part], worker: _Worker) 
     """Work through embeddings and then states, and publish the manifest once all are there."""
     texts = [_NULL, *(name for part in parts for name in part.embeddings)]
     with Progress("targets (text)", total=len(texts), unit="block") as progress:
-        embedded = work_through(
-            store, texts, worker.find, worker.encode, found=lambda _record, _made: progress.advance()
-        )
+        embedded = worker.work_through(texts, worker.encode, lambda _record, _made: progress.advance())
     worker.text_is_done(embedded)
     states = [name for part in parts for name in part.states]
     with Progress("targets", total=sum(part.trajectories for part in parts), unit="trajectory") as progress:
-        sampled = work_through(store, states, worker.find, worker.sample, found=worker.counter(progress))
+        sampled = worker.work_through(states, worker.sample, worker.counter(progress))
     train, heldout = (
         SplitRecord(
             states=tuple(sampled[name] for name in part.states),
@@ -221,9 +220,11 @@ class _Worker:
             for part in parts:
                 self._pictures.require(part.used)
 
-    def find(self, name: str) -> FileRecord | None:
-        """A published item."""
-        return finished(self.store, name)
+    def work_through(self, names: Sequence[str], make: Make, found: Count) -> dict[str, FileRecord]:
+        """Make what is missing of the items, together with other workers; see ``claims.work_through``."""
+        store = self.store
+        find, find_all = partial(finished, store), partial(all_finished, store)
+        return work_through(store, names, find, make, find_all=find_all, found=found)
 
     def encode(self, name: str) -> FileRecord:
         """Make a block of prompt embeddings."""

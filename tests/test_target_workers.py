@@ -62,7 +62,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(store: Store) -> dict[str, bytes]:
-    return {name: store.read(name) for name in store.names()}
+    return {name: store.read(name) for name in store.sizes()}
 
 
 def stamps(folder: Path) -> dict[str, int]:

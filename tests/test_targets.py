@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from teefusion.families import TextEmbeddings
 from teefusion.manifests import FileRecord, Manifest, read_manifest
 from teefusion.prompts import PromptSet, load_prompt_set
 from teefusion.settings import Settings
-from teefusion.shards import finished, read_tensors, write_tensors
+from teefusion.shards import all_finished, finished, read_tensors, write_tensors
 from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.strategies import make_strategy
@@ -134,6 +135,33 @@ def test_a_file_without_its_record_is_not_trusted(tmp_path: Path) -> None:
     )
     (tmp_path / "a" / "b.json").unlink()
     assert finished(FolderStore(tmp_path), "a/b") is None
+
+
+def test_a_listing_finds_what_looking_up_each_file_finds(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    names = [f"states/train-{k:05d}" for k in range(5)]
+    for name in names[:4]:
+        write_tensors(store, name, {"x": torch.arange(3)})
+    (tmp_path / f"{names[1]}.json").unlink()
+    (tmp_path / f"{names[2]}.safetensors").write_bytes(b"cut")
+    (tmp_path / f"{names[3]}.json").write_text("{")
+    each = {name: record for name in names if (record := finished(store, name))}
+    assert all_finished(store, names) == each
+    assert list(each) == names[:1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_teacher_gives_the_same_targets(make_settings: Make, prompts: PromptSet, tmp_path: Path) -> None:
+    """In float32; compiled kernels round otherwise."""
+    sets = []
+    for compiled in (False, True):
+        store = FolderStore(tmp_path / str(compiled))
+        settings = make_settings({"targets.compile": compiled})
+        record = generate_targets(settings, prompts, store).train.states[0]
+        sets.append(read_tensors(store, record))
+    for name, value in sets[0].items():
+        torch.testing.assert_close(sets[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_manifest_of_another_schema_version_is_refused(made: tuple[Path, Manifest]) -> None:

@@ -30,7 +30,7 @@ class Made:
         self.manifest: Manifest = generate_targets(settings, load_prompt_set(self.prompts), self.store)
 
     def files(self) -> dict[str, bytes]:
-        return {name: self.store.read(name) for name in self.store.names()}
+        return {name: self.store.read(name) for name in self.store.sizes()}
 
     def repair(self) -> dict[str, str]:
         return repair(self.settings, self.prompts, self.store)

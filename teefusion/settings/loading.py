@@ -69,7 +69,8 @@ def validate_settings(values: Mapping[str, Any]) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
+            f"  {'.'.join(str(part) for part in item['loc']) or 'settings'}: "
+            + item["msg"].removeprefix("Value error, ")
             + ("" if item["type"] in ("extra_forbidden", "value_error") else f" (got {item['input']!r})")
             for item in error.errors()
         ]
