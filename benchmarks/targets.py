@@ -148,7 +148,8 @@ class Laptop:
     """A real teacher with prompts of its own, sampled by this package and by the plain loop."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from teefusion.prompts import build_prompt_set, read_prompts
+        from teefusion.prompt_files import read_prompts
+        from teefusion.prompts import build_prompt_set
         from teefusion.settings import load_settings
         from teefusion.sources import prompt_path
         from teefusion.strategies import make_strategy

@@ -7,7 +7,7 @@ from pathlib import Path
 from teefusion import shapes
 from teefusion.errors import TeacherError
 from teefusion.files import sha256_file, sha256_folder
-from teefusion.prompts import source_digest
+from teefusion.prompt_files import source_digest
 from teefusion.settings import Settings, TeacherSettings, WeightsSource
 
 _BUNDLED_TEACHER = "bundled:shapes"

@@ -6,7 +6,8 @@ from typing import Any
 
 from teefusion.errors import IntegrityError, PromptError
 from teefusion.files import content_key
-from teefusion.prompts import build_prompt_set, load_prompt_set, read_prompts, source_digest, write_prompt_set
+from teefusion.prompt_files import read_prompts, source_digest
+from teefusion.prompts import build_prompt_set, load_prompt_set, write_prompt_set
 from teefusion.settings import Settings
 from teefusion.sources import prompt_path
 from teefusion.workspace import StageResult, Workspace
