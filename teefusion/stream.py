@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -256,4 +257,9 @@ def _length(rows: Rows) -> int:
 
 def _gather(members: Sequence[tuple[Rows, int]]) -> Rows:
     """Single rows of several shards as one batch."""
-    return {name: torch.stack([rows[name][k] for rows, k in members]) for name in members[0][0]}
+    return {name: _concatenate([rows[name][k : k + 1] for rows, k in members]) for name in members[0][0]}
+
+
+def _concatenate(rows: Sequence[Tensor]) -> Tensor:
+    """``torch.cat`` by one thread: torch's takes all cores, and they wait for one another while files are read."""
+    return torch.from_numpy(np.concatenate([row.view(torch.uint8).numpy() for row in rows])).view(rows[0].dtype)
