@@ -25,12 +25,15 @@ Make = Callable[..., Settings]
 
 def evaluation(folder: Path, *, passed: bool) -> Path:
     scores = {"overall": {"mean": 31.25, "standard_error": 0.1, "n": 8}}
+    interval = {"n": 8, "teacher_mean": 31.0, "student_mean": 31.25, "difference": 0.25, "low": -0.125, "high": 0.5}
+    gate = {"passed": passed, "reasons": ["the student is below its teacher"], "confidence": 0.95}
     result = {
-        "gate": {"passed": passed, "reasons": ["the student is below its teacher"]},
+        "gate": gate | {"intervals": {"overall": interval}},
         "scores": {row: scores for row in ("unguided", "teacher", "student")},
         "nfe": {"teacher": 8.0, "student": 4.0},
         "guidance_residual": 0.125,
         "scorer": {"name": "tiny", "weights_sha256": "ab12"},
+        "training": {"lineage": {"target_set": "cd34", "target_set_digest": "ef56"}},
     }
     write_json(folder / "evaluation.json", result)
     return folder

@@ -12,30 +12,20 @@ from teefusion.files import sha256_folder
 from teefusion.registry import TrustedModel, resolve, version_of
 from teefusion.settings import Settings, load_settings
 from teefusion.tracking import connect
+from tests.registered import add_version
 
 Add = Callable[..., Path]
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return load_settings(overrides={"workdir": tmp_path / "work"})
+def settings(empty_registry: Path) -> Settings:
+    return load_settings(overrides={"workdir": empty_registry})
 
 
 @pytest.fixture
 def add(settings: Settings, tmp_path: Path) -> Add:
     """Make the next version of model m, of a folder of its own, with these tags beside its digest."""
-    client = connect(settings)
-    client.create_registered_model("m")
-
-    def make(**tags: str) -> Path:
-        number = len(client.search_model_versions("name = 'm'")) + 1
-        folder = tmp_path / f"student-{number}"
-        folder.mkdir()
-        (folder / "model_index.json").write_text(f'{{"version": {number}}}')
-        client.create_model_version("m", str(folder), tags={"student_digest": sha256_folder(folder)} | tags)
-        return folder
-
-    return make
+    return lambda **tags: add_version(connect(settings), tmp_path, **tags)
 
 
 def test_a_version_whose_gate_passed_resolves_by_alias_and_by_number(settings: Settings, add: Add) -> None:
