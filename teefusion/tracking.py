@@ -82,7 +82,7 @@ def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None
 
 def _advice(error: Exception, settings: Settings) -> str:
     """What a server's refusal means, and the setting to look at."""
-    text, code = str(error), getattr(error, "error_code", "")
+    text, code = str(error).rstrip("."), getattr(error, "error_code", "")
     if "Invalid Host header" in text:
         return (
             "the server refuses the host in mlflow.tracking_uri, against DNS rebinding. Start it with --allowed-hosts "
@@ -96,12 +96,9 @@ def _advice(error: Exception, settings: Settings) -> str:
     if code == "PERMISSION_DENIED" or "error code 403" in text:
         return "this account may not (403). Have its administrator grant it, or set another MLFLOW_TRACKING_USERNAME."
     if "too many 5" in text or "error code 5" in text or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
-        return (
-            f"{text.rstrip('.')}. The server failed, not the request: look at its log and its database, and run again."
-        )
-    return (
-        f"{text.rstrip('.')}. Check mlflow.tracking_uri, and mlflow.timeout_s ({settings.mlflow.timeout_s:g}) if slow."
-    )
+        return f"{text}. The server failed, not the request: look at its log and database, and run again."
+    timeout_s = settings.mlflow.timeout_s
+    return f"{text}. Check mlflow.tracking_uri, and if the server is slow mlflow.timeout_s ({timeout_s:g})."
 
 
 class Tracker:
@@ -199,9 +196,15 @@ def check_server(settings: Settings) -> None:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=timeout_s)
     except requests.RequestException as error:
         raise TrackingError(
-            f"No MLflow server answers at {_shown(uri)} within {timeout_s:g} s ({type(error).__name__}). Start it, "
-            "correct mlflow.tracking_uri (TEEFUSION_MLFLOW__TRACKING_URI), or unset it to use SQLite in the workdir."
+            f"No MLflow server answers at {_shown(uri)} within {timeout_s:g} s ({type(error).__name__}). Start it; "
+            "if it is slow, raise mlflow.timeout_s; correct mlflow.tracking_uri (TEEFUSION_MLFLOW__TRACKING_URI), or "
+            "unset it to use SQLite in the workdir."
         ) from error
+    if answer.status_code >= 500:
+        raise TrackingError(
+            f"MLflow at {_shown(uri)} answers {answer.status_code}: the server fails, or what stands before it does. "
+            "Look at its log, and run again."
+        )
     if answer.status_code != 200:
         raise TrackingError(
             f"{_shown(uri)}/health answered {answer.status_code}: is mlflow.tracking_uri an MLflow server?"

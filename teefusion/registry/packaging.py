@@ -12,12 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teefusion.files import write_bytes
+from teefusion.errors import IntegrityError
+from teefusion.files import sha256_folder, write_bytes
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 MLMODEL = "MLmodel"
+_LOADED = "registered_model_meta"
+"""What MLflow writes into the folder that it loads, even one that it did not fetch."""
+_FILES = (
+    *("conda.yaml", "input_example.json", "python_env.yaml", "requirements.txt", "serving_input_example.json"),
+    *(MLMODEL, _LOADED),
+)
+_DIGEST = "student_files"
 _LOADER = "teefusion.registry.pyfunc"
 _STEPS = 20  # as in teefusion.generation, which loads torch
 _GUIDANCE_SCALE = 4.0
@@ -25,6 +33,23 @@ _REQUIREMENTS = (
     *("teefusion", "mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers"),
     *("sentencepiece", "numpy", "pandas", "pillow"),
 )
+
+
+def digest_of(student: Path) -> str:
+    """The digest that a version carries: of the whole folder as it was registered."""
+    return sha256_folder(student, besides=(_LOADED,))
+
+
+def check_files(student: Path) -> None:
+    """Raise IntegrityError where the student's own files are not those that ``MLmodel`` was written for."""
+    from mlflow.models import Model
+
+    expected = (Model.load(student / MLMODEL).metadata or {}).get(_DIGEST)
+    if sha256_folder(student, besides=_FILES) != expected:
+        raise IntegrityError(
+            f"The files of {student} are not those that were registered. Nothing was loaded. Restore them, or load "
+            "another version."
+        )
 
 
 def add_mlflow_files(student: Path) -> None:
@@ -43,12 +68,13 @@ def add_mlflow_files(student: Path) -> None:
             made,
             loader_module=_LOADER,
             signature=_signature(student),
+            metadata={_DIGEST: sha256_folder(student, besides=_FILES)},
             input_example=pandas.DataFrame({"prompt": ["a photo of a red star on a blue background"]}),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS],
         )
-        files = sorted((path for path in made.iterdir() if path.is_file()), key=lambda path: path.name == MLMODEL)
-        for path in files:
-            write_bytes(student / path.name, path.read_bytes())
+        for name in _FILES:
+            if (made / name).exists():
+                write_bytes(student / name, (made / name).read_bytes())
 
 
 def _signature(student: Path) -> ModelSignature:

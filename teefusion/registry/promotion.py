@@ -14,9 +14,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from teefusion.errors import RegistryError, TrackingError
-from teefusion.files import sha256_folder
+from teefusion.errors import RegistryError, TrackingError, UsageError
 from teefusion.registry.journal import Action, Entry
+from teefusion.registry.packaging import digest_of
 from teefusion.registry.sources import fetch, fetch_verified
 from teefusion.registry.store import ModelStore, State, require_version
 from teefusion.registry.versions import Version, require_digest
@@ -51,6 +51,8 @@ def promote(settings: Settings, name: str, number: str, *, override: str | None 
     recorded with the digest found, and such a version then loads by alias. Raises RegistryError where it is refused or
     somebody else moved the champion at the same time, TrackingError, StorageError.
     """
+    if override is not None and not override.strip():
+        raise UsageError('An override takes a reason, which is recorded: --override "REASON".')
     store, token = ModelStore(connect(settings), settings, name), uuid.uuid4().hex
     state = settle(store, token)
     version = require_version(state, name, number)
@@ -137,7 +139,7 @@ def _check(settings: Settings, version: Version) -> str:
 
 def _digest_to_accept(settings: Settings, version: Version) -> str:
     """The digest that the files have now, whatever was registered."""
-    return sha256_folder(fetch(settings, version.source))
+    return digest_of(fetch(settings, version.source))
 
 
 def _decide(

@@ -1,6 +1,7 @@
 """MLflow's loader module of registered students: ``mlflow.pyfunc.load_model("models:/NAME@champion")`` comes here.
 
-MLflow fetches the folder and checks neither gate nor digest; ``teefusion.registry.resolve`` does.
+That the files are those that were registered is checked here. MLflow says not by which name they were asked for, so
+the gate is checked by ``teefusion.registry.resolve`` alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from teefusion.devices import resolve_device
 from teefusion.pictures import png_bytes
+from teefusion.registry.packaging import check_files
 from teefusion.students import load_student
 
 _BATCH = 8
@@ -39,5 +41,6 @@ class StudentModel:
 
 
 def _load_pyfunc(path: str) -> StudentModel:
-    """What MLflow calls with the model's folder."""
+    """What MLflow calls with the model's folder. Raises IntegrityError, StudentError."""
+    check_files(Path(path))
     return StudentModel(Path(path))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teefusion.files import sha256_folder
-from teefusion.registry.packaging import MLMODEL, add_mlflow_files
+from teefusion.registry.packaging import MLMODEL, add_mlflow_files, digest_of
 from teefusion.registry.versions import CHALLENGER, DIGEST_TAG
 from teefusion.settings import Settings
 from teefusion.storage import is_remote, join, open_store
@@ -26,7 +25,7 @@ def register(settings: Settings, student: Path, tags: dict[str, Any], descriptio
     """
     client, name = connect(settings), settings.model_name
     add_mlflow_files(student)
-    digest = sha256_folder(student)
+    digest = digest_of(student)
     with mlflow_errors(settings, f"register {name}"):
         version = _find(client, name, digest, settings.run_key)
         reused = version is not None

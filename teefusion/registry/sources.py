@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-from teefusion.errors import RegistryError, SettingsError
-from teefusion.files import publish_folder, sha256_folder
+from teefusion.errors import RegistryError
+from teefusion.files import publish_folder
+from teefusion.registry.packaging import digest_of
 from teefusion.settings import Settings
 from teefusion.storage import is_remote, local_path, open_store
 from teefusion.tracking import mlflow_errors, tracking_uri
@@ -31,7 +33,7 @@ def fetch(settings: Settings, source: str) -> Path:
     arriving = Workspace(settings).models / f"arriving-{os.getpid()}"
     with publish_folder(arriving) as temporary:
         _download(settings, source, temporary)
-    folder = arriving.with_name(sha256_folder(arriving))
+    folder = arriving.with_name(digest_of(arriving))
     if folder.exists():  # somebody else was faster
         _remove(arriving)
     else:
@@ -44,12 +46,12 @@ def fetch_verified(settings: Settings, source: str, digest: str, *, what: str) -
     if _local(source) is None:
         kept = Workspace(settings).models / digest
         if kept.is_dir():
-            if sha256_folder(kept) == digest:
+            if digest_of(kept) == digest:
                 return kept
             log.warning("The copy of %s in %s is damaged; fetching it again.", what, kept)
             _remove(kept)
     folder = fetch(settings, source)
-    found = sha256_folder(folder)
+    found = digest_of(folder)
     if found != digest:
         if _local(source) is None:
             _remove(folder)
@@ -62,10 +64,8 @@ def fetch_verified(settings: Settings, source: str, digest: str, *, what: str) -
 
 
 def _local(source: str) -> Path | None:
-    try:
-        return None if is_remote(source) else local_path(source)
-    except SettingsError:  # another scheme, which MLflow may know
-        return None
+    """The folder of this machine that a source names; none for S3, and for the schemes that MLflow knows."""
+    return local_path(source) if urlsplit(source).scheme in ("", "file") else None
 
 
 def _download(settings: Settings, source: str, folder: Path) -> None:
