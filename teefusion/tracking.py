@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RUN_KEY_TAG = "teefusion.run_key"
 _MAX_PARAM_CHARS = 500
+# A refusal's status, in the words of MLflow's client and, for artifacts, of requests.
+_STATUS = re.compile(r"(?:error code |^)(401|403|5\d\d)\b")
 
 
 def is_main_rank() -> bool:
@@ -45,6 +48,7 @@ def connect(settings: Settings) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.mlflow.timeout_s) or 1))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -83,19 +87,20 @@ def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None
 def _advice(error: Exception, settings: Settings) -> str:
     """What a server's refusal means, and the setting to look at."""
     text, code = str(error).rstrip("."), getattr(error, "error_code", "")
+    refused = set(_STATUS.findall(text))
     if "Invalid Host header" in text:
         return (
             "the server refuses the host in mlflow.tracking_uri, against DNS rebinding. Start it with --allowed-hosts "
             "(MLFLOW_SERVER_ALLOWED_HOSTS) that lists this host and port, or use an address that it allows."
         )
-    if code == "UNAUTHENTICATED" or "error code 401" in text:
+    if code == "UNAUTHENTICATED" or refused & {"401"}:
         return (
             "it wants to know who you are (401). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN."
         )
-    if code == "PERMISSION_DENIED" or "error code 403" in text:
+    if code == "PERMISSION_DENIED" or refused & {"403"}:
         return "this account may not (403). Have its administrator grant it, or set another MLFLOW_TRACKING_USERNAME."
-    if "too many 5" in text or "error code 5" in text or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+    if "too many 5" in text or refused or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
         return f"{text}. The server failed, not the request: look at its log and database, and run again."
     timeout_s = settings.mlflow.timeout_s
     return f"{text}. Check mlflow.tracking_uri, and if the server is slow mlflow.timeout_s ({timeout_s:g})."
@@ -161,10 +166,8 @@ class Tracker:
 
 
 def _find_or_create(client: MlflowClient, settings: Settings) -> str:
-    from mlflow.exceptions import MlflowException
-
     adopted = os.environ.get("MLFLOW_RUN_ID")
-    try:
+    with mlflow_errors(settings, "open a run"):
         if adopted:
             return str(client.get_run(adopted).info.run_id)
         name = settings.mlflow.experiment
@@ -181,8 +184,6 @@ def _find_or_create(client: MlflowClient, settings: Settings) -> str:
             tags={RUN_KEY_TAG: settings.run_key, "teefusion.teacher": settings.teacher.name},
         )
         return str(run.info.run_id)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"MLflow at {_shown(tracking_uri(settings))} refused to open a run: {error}") from error
 
 
 def check_server(settings: Settings) -> None:

@@ -36,7 +36,7 @@ def mlflow_server(
     environment = os.environ | _QUIET | variables
     if auth_database:
         (folder / "auth.ini").write_text(
-            f"[mlflow]\ndefault_permission = EDIT\ndatabase_uri = {auth_database}\nadmin_username = admin\n"
+            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {auth_database}\nadmin_username = admin\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
             "auth_cache_ttl_seconds = 60\n"  # else the password is hashed for every request
         )
@@ -52,7 +52,7 @@ def mlflow_server(
         _await(f"http://127.0.0.1:{port}/health", process, folder / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGKILL)  # all its workers; nothing of theirs is kept
         process.wait(timeout=30)
 
 

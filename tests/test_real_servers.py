@@ -183,14 +183,16 @@ def test_an_account_without_permission_is_told_so(
     settings = make_settings({"mlflow.tracking_uri": guarded_server, "mlflow.model_name": "kept"})
     for name, value in ADMIN.items():
         monkeypatch.setenv(name, value)
-    register(settings, other_student(tmp_path / "s"), evaluation(tmp_path / "e", passed=True))
-    accounts = AuthServiceClient(guarded_server)
-    accounts.create_user("reader", "another-long-password")
-    accounts.grant_user_permission("reader", "registered_model", "kept", "READ")
+    verdict = evaluation(tmp_path / "e", passed=True)
+    register(settings, other_student(tmp_path / "s"), verdict)
+    another = other_student(tmp_path / "t"), verdict
+    AuthServiceClient(guarded_server).create_user("reader", "another-long-password")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another-long-password")
-    with pytest.raises(TrackingError, match=r"this account may not \(403\)"):
-        register(settings, other_student(tmp_path / "t"), evaluation(tmp_path / "e", passed=True))
+    for command in (promote, lambda *_: register(settings, *another)):
+        with pytest.raises(TrackingError, match=r"this account may not \(403\)"):
+            command(settings, "kept", "1")
+    assert listing.history(settings, "kept")["moves"] == []
 
 
 @needs_postgres

@@ -16,8 +16,7 @@ from typing import Any
 
 from teefusion.errors import RegistryError, TrackingError, UsageError
 from teefusion.registry.journal import Action, Entry
-from teefusion.registry.packaging import digest_of
-from teefusion.registry.sources import fetch, fetch_verified
+from teefusion.registry.sources import digest_at, fetch_verified
 from teefusion.registry.store import ModelStore, State, require_version
 from teefusion.registry.versions import Version, require_digest
 from teefusion.settings import Settings
@@ -58,7 +57,7 @@ def promote(settings: Settings, name: str, number: str, *, override: str | None 
     version = require_version(state, name, number)
     if state.champion == number and not state.moved_by_hand and not override:
         return Move(name, number, _below(state.line), changed=False)
-    digest = _digest_to_accept(settings, version) if override else _check(settings, version)
+    digest = digest_at(settings, version.source) if override else _check(settings, version)
     line = (number, *_champions(state))
     return _decide(store, state, token, "promote", line, reason=override or "", digest=digest)
 
@@ -135,11 +134,6 @@ def _check(settings: Settings, version: Version) -> str:
     digest = require_digest(version)
     fetch_verified(settings, version.source, digest, what=str(version))
     return digest
-
-
-def _digest_to_accept(settings: Settings, version: Version) -> str:
-    """The digest that the files have now, whatever was registered."""
-    return digest_of(fetch(settings, version.source))
 
 
 def _decide(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teefusion.registry.packaging import MLMODEL, add_mlflow_files, digest_of
+from teefusion.registry.store import ensure_models
 from teefusion.registry.versions import CHALLENGER, DIGEST_TAG
 from teefusion.settings import Settings
 from teefusion.storage import is_remote, join, open_store
@@ -30,7 +31,7 @@ def register(settings: Settings, student: Path, tags: dict[str, Any], descriptio
         version = _find(client, name, digest, settings.run_key)
         reused = version is not None
         if version is None:
-            _ensure_model(client, name)
+            ensure_models(client, name)
             version = client.create_model_version(
                 name,
                 source=_source(settings, client, student, digest),
@@ -58,16 +59,6 @@ def _find(client: MlflowClient, name: str, digest: str, run_key: str) -> Any:
         if version.tags.get(DIGEST_TAG) == digest and version.tags.get(_KEY_TAG) == run_key:
             return client.get_model_version(name, version.version)  # the search leaves aliases out
     return None
-
-
-def _ensure_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _source(settings: Settings, client: MlflowClient, student: Path, digest: str) -> str:

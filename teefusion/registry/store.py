@@ -87,19 +87,11 @@ class ModelStore:
 
     def write_entry(self, entry: Entry) -> None:
         """Append to the journal. What MLflow raises leaves open whether the entry was written."""
-        from mlflow.exceptions import MlflowException
-
-        journal = journal_name(self.name)
-        about = f"Who was champion of {self.name} when, one version a move. Written by teefusion."
         with self._call():
-            try:
-                if entry.after == 0:
-                    self._client.create_registered_model(journal, tags={JOURNAL_TAG: self.name}, description=about)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
+            if entry.after == 0:
+                ensure_models(self._client, self.name)
             self._client.create_model_version(
-                journal,
+                journal_name(self.name),
                 source=f"models:/{self.name}/{entry.champion}",
                 tags=entry.tags(),
                 description=f"{entry.action} to version {entry.champion} by {entry.by}",
@@ -153,6 +145,22 @@ class ModelStore:
     def _call(self, missing: str | None = None) -> Iterator[None]:
         with mlflow_errors(self._settings, f"read or change {self.name}", missing=missing):
             yield
+
+
+def ensure_models(client: MlflowClient, name: str) -> None:
+    """A registered model and its journal, where they are not there. Raises what MLflow raises.
+
+    Both at once: on a server with accounts, whoever makes a model gives away who may write to it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    about = f"Who was champion of {name} when, one version a move. Written by teefusion."
+    for model, tags, description in ((name, None, None), (journal_name(name), {JOURNAL_TAG: name}, about)):
+        try:
+            client.create_registered_model(model, tags=tags, description=description)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
 
 def require_version(state: State, name: str, number: str) -> Version:
