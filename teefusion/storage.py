@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -57,14 +55,6 @@ class Store(Reader, Protocol):
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish the object if there is none of that name; whether this call did. Raises StorageError."""
-        ...
-
-    def download(self, name: str, path: Path) -> None:
-        """The object into a file, however large. Raises NotFoundError, StorageError."""
-        ...
-
-    def upload(self, name: str, path: Path) -> None:
-        """Publish a file, however large, in place of any older object. Raises StorageError."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -130,17 +120,6 @@ class FolderStore:
         """See ``Store``."""
         return create_bytes(self.folder / name, data)
 
-    def download(self, name: str, path: Path) -> None:
-        """See ``Store``."""
-        _copy(self.folder / name, path)
-
-    def upload(self, name: str, path: Path) -> None:
-        """See ``Store``."""
-        target = self.folder / name
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        _copy(path, temporary)
-        os.replace(temporary, target)
-
     def size(self, name: str) -> int | None:
         """See ``Store``."""
         try:
@@ -180,14 +159,6 @@ def _writable(path: Path) -> Iterator[BinaryIO]:
             yield stream
     except OSError as error:
         raise storage_error(error, path, "write") from error
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        with source.open("rb") as stream, _writable(target) as copy:
-            shutil.copyfileobj(stream, copy)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{source} is missing.") from error
 
 
 class S3Credentials(BaseSettings):
@@ -240,12 +211,12 @@ class S3Store:
             self._client.upload_fileobj(io.BytesIO(data), self.bucket, self._key(name), Config=self._transfer)
 
     def download(self, name: str, path: Path) -> None:
-        """See ``Store``."""
+        """The object into a file, however large. Raises NotFoundError, StorageError."""
         with self._errors("read", name), _writable(path) as stream:
             self._client.download_fileobj(self.bucket, self._key(name), stream, Config=self._transfer)
 
     def upload(self, name: str, path: Path) -> None:
-        """See ``Store``."""
+        """Publish a file, however large, in place of any older object. Raises StorageError."""
         with self._errors("write", name):
             self._client.upload_file(str(path), self.bucket, self._key(name), Config=self._transfer)
 

@@ -14,6 +14,7 @@ from teefusion.stages.register import register
 from teefusion.tracking import Tracker, connect
 from tests.mlflow_server import mlflow_server
 
+pytestmark = pytest.mark.usefixtures("empty_registry")
 Make = Callable[..., Settings]
 
 

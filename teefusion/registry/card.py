@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from teefusion.gate import OVERALL
 from teefusion.settings import Settings
 from teefusion.sources import bundled_path
 
@@ -29,6 +30,7 @@ def model_card(settings: Settings, evaluation: dict[str, Any], lineage: dict[str
         residual=evaluation["guidance_residual"],
         scorer=evaluation["scorer"]["name"],
         gate=evaluation["gate"],
+        intervals=sorted(evaluation["gate"]["intervals"].items(), key=lambda item: (item[0] != OVERALL, item[0])),
         lineage=lineage,
     )
 

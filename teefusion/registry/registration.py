@@ -9,7 +9,7 @@ from teefusion.registry.packaging import MLMODEL, add_mlflow_files, digest_of
 from teefusion.registry.store import ensure_models
 from teefusion.registry.versions import CHALLENGER, DIGEST_TAG
 from teefusion.settings import Settings
-from teefusion.storage import is_remote, join, open_store
+from teefusion.storage import S3Store, is_remote, join
 from teefusion.tracking import Tracker, connect, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _source(settings: Settings, client: MlflowClient, student: Path, digest: str
 
 def _store(settings: Settings, student: Path, uri: str) -> str:
     """Upload the folder, ``MLmodel`` last, unless that is there: then all of it is."""
-    store = open_store(uri, settings.storage)
+    store = S3Store(uri, settings.storage)
     if store.size(MLMODEL) is None:
         files = (path for path in student.rglob("*") if path.is_file() and not path.name.startswith("."))
         for path in sorted(files, key=lambda path: (path.name == MLMODEL, path)):

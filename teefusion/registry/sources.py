@@ -14,7 +14,7 @@ from teefusion.errors import RegistryError
 from teefusion.files import storage_error
 from teefusion.registry.packaging import digest_of
 from teefusion.settings import Settings
-from teefusion.storage import is_remote, local_path, open_store
+from teefusion.storage import S3Store, is_remote, local_path
 from teefusion.tracking import mlflow_errors, tracking_uri
 from teefusion.workspace import Workspace
 
@@ -96,7 +96,7 @@ def _fetched(settings: Settings, source: str) -> Iterator[Path]:
 
 
 def _download(settings: Settings, source: str, folder: Path) -> None:
-    store = open_store(source, settings.storage)
+    store = S3Store(source, settings.storage)
     names = [PurePosixPath(name) for name in store.names()]
     if not names:
         raise RegistryError(f"There is nothing at {source}: was it deleted? Register the student again.")
