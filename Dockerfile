@@ -19,6 +19,9 @@ ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
+# The commit that this is built from, for the registry's lineage: --build-arg COMMIT=$(git rev-parse HEAD)
+ARG COMMIT=""
+ENV TEEFUSION_COMMIT=${COMMIT}
 RUN useradd --uid 1000 --user-group --create-home teefusion
 COPY constraints.txt /opt/teefusion/
 # Arguments for pip, such as an index that has CPU builds of torch.

@@ -17,6 +17,7 @@ import click
 
 from teefusion import __version__
 from teefusion.errors import SettingsError, TeEFusionError, UsageError
+from teefusion.registry_commands import COMMANDS
 
 if TYPE_CHECKING:
     from teefusion.settings import Settings
@@ -276,6 +277,10 @@ def compile_(settings: Settings, output: Path) -> dict[str, Any]:
 
     compile_pipeline(settings, output)
     return {"output": str(output), "run_key": settings.run_key, "_text": str(output)}
+
+
+for _function in COMMANDS:
+    _command("tracking-uri", pinned=False)(_function)
 
 
 def main() -> None:

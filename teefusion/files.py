@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_folder(folder: Path) -> str:
-    """Hex sha256 over the relative names and contents of all files below ``folder``, hidden ones left out."""
+def sha256_folder(folder: Path, *, besides: Collection[str] = ()) -> str:
+    """Hex sha256 over the relative names and contents of all files below ``folder``.
+
+    Hidden files are left out, and ``besides``, by their relative names.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return hashlib.sha256(
-        canonical_json([[p.relative_to(folder).as_posix(), sha256_file(p)] for p in files]).encode()
-    ).hexdigest()
+    names = [name for p in files if (name := p.relative_to(folder).as_posix()) not in besides]
+    return hashlib.sha256(canonical_json([[name, sha256_file(folder / name)] for name in names]).encode()).hexdigest()
 
 
 def storage_error(error: OSError, path: Path, action: str) -> StorageError:

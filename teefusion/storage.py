@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -170,6 +170,17 @@ class FolderStore:
             raise storage_error(error, self.folder / name, "read") from error
 
 
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[BinaryIO]:
+    """A new file for writing, its folders made. Raises StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            yield stream
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+
+
 class S3Credentials(BaseSettings):
     """Read where a client is made, and kept nowhere else: settings travel in files, manifests and pipelines.
 
@@ -222,6 +233,16 @@ class S3Store:
         """See ``Store``."""
         with self._errors("write", name):
             self._client.upload_fileobj(io.BytesIO(data), self.bucket, self._key(name), Config=self._transfer)
+
+    def download(self, name: str, path: Path) -> None:
+        """The object into a file, however large. Raises NotFoundError, StorageError."""
+        with self._errors("read", name), _writable(path) as stream:
+            self._client.download_fileobj(self.bucket, self._key(name), stream, Config=self._transfer)
+
+    def upload(self, name: str, path: Path) -> None:
+        """Publish a file, however large, in place of any older object. Raises StorageError."""
+        with self._errors("write", name):
+            self._client.upload_file(str(path), self.bucket, self._key(name), Config=self._transfer)
 
     def create(self, name: str, data: bytes) -> bool:
         """See ``Store``. Of a server without conditional writes, two at once may both be told yes."""

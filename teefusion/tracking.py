@@ -6,12 +6,15 @@ checked once, before anything is spent; a server that goes away later costs metr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teefusion.errors import TrackingError
+from teefusion.errors import RegistryError, TrackingError
 from teefusion.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RUN_KEY_TAG = "teefusion.run_key"
 _MAX_PARAM_CHARS = 500
+# A refusal's status, in the words of MLflow's client and, for artifacts, of requests.
+_STATUS = re.compile(r"(?:error code |^)(401|403|5\d\d)\b")
 
 
 def is_main_rank() -> bool:
@@ -43,24 +48,62 @@ def connect(settings: Settings) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.mlflow.timeout_s) or 1))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    try:
+    with mlflow_errors(settings, "be used"):
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+    return client
+
+
+@contextlib.contextmanager
+def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None) -> Iterator[None]:
+    """What MLflow raises within, as TrackingError saying which setting to look at ("MLflow at URI cannot ACTION").
+
+    Where it says that something does not exist, RegistryError with the words ``missing``, if there are any.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
+
+    uri = _shown(tracking_uri(settings))
+    try:
+        yield
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
         raise TrackingError(
-            f"MLflow's database {_shown(uri)} cannot be used: {reason}. If it is a file: no space left, or no "
-            "permission to write there? Free some space, or set mlflow.tracking_uri, and run again."
+            f"MLflow's database {uri} cannot be used: {reason}. If it is a file: no space left, or no permission to "
+            "write there? Free some space, or set mlflow.tracking_uri, and run again."
         ) from error
     except (MlflowException, OSError, ValueError) as error:
-        raise TrackingError(f"MLflow at {_shown(uri)} cannot be used: {error}. Check mlflow.tracking_uri.") from error
-    return client
+        # An alias or version that is not there, in the words of one store or of the other.
+        if missing and getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise RegistryError(f"{missing} (in MLflow at {uri}). 'teefusion models' lists what there is.") from error
+        raise TrackingError(f"MLflow at {uri} cannot {action}: {_advice(error, settings)}") from error
+
+
+def _advice(error: Exception, settings: Settings) -> str:
+    """What a server's refusal means, and the setting to look at."""
+    text, code = str(error).rstrip("."), getattr(error, "error_code", "")
+    refused = set(_STATUS.findall(text))
+    if "Invalid Host header" in text:
+        return (
+            "the server refuses the host in mlflow.tracking_uri, against DNS rebinding. Start it with --allowed-hosts "
+            "(MLFLOW_SERVER_ALLOWED_HOSTS) that lists this host and port, or use an address that it allows."
+        )
+    if code == "UNAUTHENTICATED" or refused & {"401"}:
+        return (
+            "it wants to know who you are (401). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN."
+        )
+    if code == "PERMISSION_DENIED" or refused & {"403"}:
+        return "this account may not (403). Have its administrator grant it, or set another MLFLOW_TRACKING_USERNAME."
+    if "too many 5" in text or refused or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+        return f"{text}. The server failed, not the request: look at its log and database, and run again."
+    timeout_s = settings.mlflow.timeout_s
+    return f"{text}. Check mlflow.tracking_uri, and if the server is slow mlflow.timeout_s ({timeout_s:g})."
 
 
 class Tracker:
@@ -123,10 +166,8 @@ class Tracker:
 
 
 def _find_or_create(client: MlflowClient, settings: Settings) -> str:
-    from mlflow.exceptions import MlflowException
-
     adopted = os.environ.get("MLFLOW_RUN_ID")
-    try:
+    with mlflow_errors(settings, "open a run"):
         if adopted:
             return str(client.get_run(adopted).info.run_id)
         name = settings.mlflow.experiment
@@ -143,8 +184,6 @@ def _find_or_create(client: MlflowClient, settings: Settings) -> str:
             tags={RUN_KEY_TAG: settings.run_key, "teefusion.teacher": settings.teacher.name},
         )
         return str(run.info.run_id)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"MLflow at {_shown(tracking_uri(settings))} refused to open a run: {error}") from error
 
 
 def check_server(settings: Settings) -> None:
@@ -158,9 +197,15 @@ def check_server(settings: Settings) -> None:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=timeout_s)
     except requests.RequestException as error:
         raise TrackingError(
-            f"No MLflow server answers at {_shown(uri)} within {timeout_s:g} s ({type(error).__name__}). Start it, "
-            "correct mlflow.tracking_uri (TEEFUSION_MLFLOW__TRACKING_URI), or unset it to use SQLite in the workdir."
+            f"No MLflow server answers at {_shown(uri)} within {timeout_s:g} s ({type(error).__name__}). Start it; "
+            "if it is slow, raise mlflow.timeout_s; correct mlflow.tracking_uri (TEEFUSION_MLFLOW__TRACKING_URI), or "
+            "unset it to use SQLite in the workdir."
         ) from error
+    if answer.status_code >= 500:
+        raise TrackingError(
+            f"MLflow at {_shown(uri)} answers {answer.status_code}: the server fails, or what stands before it does. "
+            "Look at its log, and run again."
+        )
     if answer.status_code != 200:
         raise TrackingError(
             f"{_shown(uri)}/health answered {answer.status_code}: is mlflow.tracking_uri an MLflow server?"

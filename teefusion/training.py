@@ -34,6 +34,7 @@ from teefusion.families import TextEmbeddings
 from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.heldout import HeldOut
+from teefusion.lineage import lineage
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
@@ -98,6 +99,7 @@ class _Run:
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.sample_prompts = sample_prompts
+        self.lineage = lineage(settings, manifest)
         self.engine = Engine(self.options, cpu=settings.device == "cpu")
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
@@ -316,6 +318,7 @@ class _Run:
             "ranks": self.accelerator.num_processes,
             "zero_stage": self.options.zero_stage,
             "fusion": self.fusion.model_dump(),
+            "lineage": self.lineage,
         }
 
     def _progress(self) -> Progress:

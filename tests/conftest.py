@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,24 @@ def letter_tokenizer() -> Any:
     letters = [chr(code) for code in range(97, 123)]
     names = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     return CLIPTokenizer(vocab={name: k for k, name in enumerate(names)}, merges=[], model_max_length=32)
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables in SQLite, which take seconds to make."""
+    from teefusion.tracking import connect
+
+    workdir = tmp_path_factory.mktemp("migrated")
+    connect(load_settings(overrides={"workdir": workdir}))
+    return workdir / "mlflow.db"
+
+
+@pytest.fixture
+def empty_registry(tmp_path: Path, migrated_database: Path) -> Path:
+    """A workdir with an empty registry."""
+    (tmp_path / "work").mkdir()
+    shutil.copy(migrated_database, tmp_path / "work" / "mlflow.db")
+    return tmp_path / "work"
 
 
 @pytest.fixture

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 
 from teefusion.errors import UsageError
 from teefusion.files import write_json
 from teefusion.settings import Settings
 from teefusion.stages.register import register
 from teefusion.tracking import Tracker, connect
+from tests.mlflow_server import mlflow_server
 
+pytestmark = pytest.mark.usefixtures("empty_registry")
 Make = Callable[..., Settings]
 
 
 def evaluation(folder: Path, *, passed: bool) -> Path:
     scores = {"overall": {"mean": 31.25, "standard_error": 0.1, "n": 8}}
+    interval = {"n": 8, "teacher_mean": 31.0, "student_mean": 31.25, "difference": 0.25, "low": -0.125, "high": 0.5}
+    gate = {"passed": passed, "reasons": ["the student is below its teacher"], "confidence": 0.95}
     result = {
-        "gate": {"passed": passed, "reasons": ["the student is below its teacher"]},
+        "gate": gate | {"intervals": {"overall": interval}},
         "scores": {row: scores for row in ("unguided", "teacher", "student")},
         "nfe": {"teacher": 8.0, "student": 4.0},
         "guidance_residual": 0.125,
         "scorer": {"name": "tiny", "weights_sha256": "ab12"},
+        "training": {"lineage": {"target_set": "cd34", "target_set_digest": "ef56"}},
     }
     write_json(folder / "evaluation.json", result)
     return folder
@@ -59,9 +57,11 @@ def test_a_passed_student_becomes_challenger_with_its_history_in_tags(make_setti
         "score_student_overall": "31.2500",
         "guidance_residual": "0.1250",
         "scorer_sha256": "ab12",
+        "target_set_digest": "ef56",
+        "image": "unknown",
     }
     assert expected.items() <= version.tags.items()
-    assert "31.25" in version.description
+    assert "| overall | 8 | 31.00 | 31.25 | +0.25 | -0.12 to +0.50 |" in version.description
 
 
 def test_registering_again_makes_no_second_version(make_settings: Make, tmp_path: Path) -> None:
@@ -90,36 +90,12 @@ def test_a_student_whose_gate_failed_is_refused_with_the_reasons(make_settings: 
     assert connect(settings).search_registered_models() == []
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """An MLflow server process on a free port, with SQLite and local artifacts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = tmp_path / "server"
-    store.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/m.db", "--artifacts-destination", str(store / "artifacts")]
-    with (store / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(f"{url}/health", process, store / "log")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """With SQLite and local artifacts."""
+    store = tmp_path_factory.mktemp("server")
+    with mlflow_server(store, f"sqlite:///{store}/m.db", str(store / "artifacts")) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _wait_for(url: str, process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if requests.get(url, timeout=2).ok:
-                return
-        except requests.RequestException:
-            time.sleep(0.3)
-    raise AssertionError(f"the MLflow server did not start: {log.read_text()[-2000:]}")
 
 
 def test_a_server_gets_the_student_uploaded_once(make_settings: Make, tmp_path: Path, server: str) -> None:
@@ -129,7 +105,8 @@ def test_a_server_gets_the_student_uploaded_once(make_settings: Make, tmp_path: 
     assert result.details["aliases"] == ["challenger"]
     assert result.details["source"].startswith("mlflow-artifacts:")
     run_id = Tracker.open(settings).run_id
-    assert [item.path for item in connect(settings).list_artifacts(run_id, "student")] == ["student/model_index.json"]
+    names = [item.path for item in connect(settings).list_artifacts(run_id, "student")]
+    assert {"student/MLmodel", "student/model_index.json"} <= set(names)
     assert register(settings, folder, verdict).reused is True
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from teefusion.errors import UsageError
 from teefusion.files import read_json
+from teefusion.lineage import LINEAGE, UNKNOWN
 from teefusion.registry import register as register_version
+from teefusion.registry.card import model_card
+from teefusion.registry.versions import GATE_PASSED, GATE_TAG
 from teefusion.settings import Settings
 from teefusion.workspace import StageResult, Workspace, require
 
@@ -21,8 +24,11 @@ def register(settings: Settings, student: Path, evaluation: Path) -> StageResult
             "The gate did not pass, so nothing is registered:\n  " + "\n  ".join(result["gate"]["reasons"])
         )
 
+    lineage = dict.fromkeys(LINEAGE, UNKNOWN) | result.get("training", {}).get("lineage", {})
+
     def work() -> tuple[dict[str, Any], bool]:
-        return register_version(settings, student, _tags(settings, student, result), _description(settings, result))
+        card = model_card(settings, result, lineage)
+        return register_version(settings, student, _tags(settings, student, result) | lineage, card)
 
     return workspace.stage("register", student, work)
 
@@ -35,7 +41,7 @@ def _tags(settings: Settings, student: Path, result: dict[str, Any]) -> dict[str
         "prompts_sha256": settings.prompts.sha256,
         "student_key": student.parent.name,
         "guidance_residual": f"{result['guidance_residual']:.4f}",
-        "gate": "passed",
+        GATE_TAG: GATE_PASSED,
         "scorer": result["scorer"]["name"],
         "scorer_sha256": result["scorer"]["weights_sha256"],
     }
@@ -43,12 +49,3 @@ def _tags(settings: Settings, student: Path, result: dict[str, Any]) -> dict[str
     for row in ("teacher", "student"):
         tags |= {f"score_{row}_{style}": f"{value['mean']:.4f}" for style, value in result["scores"][row].items()}
     return tags
-
-
-def _description(settings: Settings, result: dict[str, Any]) -> str:
-    scores = {row: result["scores"][row]["overall"]["mean"] for row in ("teacher", "student")}
-    return (
-        f"TeEFusion student of {settings.teacher.name} ({settings.strategy.name}). Score {scores['student']:.2f} "
-        f"(teacher {scores['teacher']:.2f}), {result['nfe']['student']:g} forwards a picture (teacher "
-        f"{result['nfe']['teacher']:g}), guidance residual {result['guidance_residual']:.3f}."
-    )

@@ -1,0 +1,54 @@
+"""Versions of a registered model for tests, and a client that dies, loses answers or dawdles."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from teefusion.files import sha256_folder
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of it runs on."""
+
+
+def add_version(client: Any, folder: Path, name: str = "m", *, digest: str | None = None, **tags: str) -> Path:
+    """Make the next version of a model, of a folder of its own below ``folder``, with these tags."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    number = len(client.search_model_versions(f"name = '{name}'")) + 1
+    student = folder / f"student-{number}"
+    student.mkdir()
+    (student / "model_index.json").write_text(f'{{"version": {number}}}')
+    client.create_model_version(name, str(student), tags={"student_digest": digest or sha256_folder(student)} | tags)
+    return student
+
+
+class MortalClient:
+    """An MLflow client that is killed before its ``dies_at``-th call, and one in ``loses`` of whose answers is lost."""
+
+    def __init__(self, client: Any, *, dies_at: int | None = None, loses: float = 0.0, seed: int = 0) -> None:
+        self._client, self.dies_at, self._loses = client, dies_at, loses
+        self._random = random.Random(seed)
+        self.calls: list[str] = []
+        self.token: str | None = None
+        """Of the command's entry in the journal, if it wrote one."""
+
+    def __getattr__(self, method: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.dies_at is not None and len(self.calls) >= self.dies_at:
+                raise Killed(method)
+            self.calls.append(method)
+            if method == "create_model_version":
+                self.token = options["tags"]["token"]
+            time.sleep(self._random.random() * self._loses * 0.05)
+            answer = getattr(self._client, method)(*arguments, **options)
+            if self._random.random() < self._loses:
+                raise MlflowException("the connection broke before the answer came")
+            return answer
+
+        return call

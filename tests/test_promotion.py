@@ -1,0 +1,269 @@
+"""Promotion and rollback: what is refused, what is remembered, and that nothing is ever half done."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teefusion.errors import RegistryError, TrackingError
+from teefusion.registry import promotion, resolve
+from teefusion.registry.journal import Entry, counted
+from teefusion.registry.promotion import promote, rollback, settle
+from teefusion.registry.store import ModelStore, State
+from teefusion.settings import Settings, load_settings
+from teefusion.tracking import connect
+from tests import postgres
+from tests.registered import Killed, MortalClient, add_version
+
+Use = Callable[[Any], None]
+
+
+GATES = ("passed", "passed", "passed", "failed")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, empty_registry: Path) -> Settings:
+    """Of a registry with versions 1 to 4 of model m; the gate of 4 did not pass."""
+    settings = load_settings(overrides={"workdir": empty_registry})
+    client = connect(settings)
+    for gate in GATES:
+        add_version(client, tmp_path, gate=gate)
+    return settings
+
+
+def state_of(settings: Settings) -> State:
+    return ModelStore(connect(settings), settings, "m").read()
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    return dict(state_of(settings).aliases)
+
+
+def test_rollbacks_go_back_one_champion_after_the_other(settings: Settings) -> None:
+    for number in ("1", "2", "3"):
+        promote(settings, "m", number)
+    assert aliases(settings) == {"champion": "3", "previous": "2"}
+    assert (rollback(settings, "m").champion, aliases(settings)) == ("2", {"champion": "2", "previous": "1"})
+    assert (rollback(settings, "m").champion, aliases(settings)) == ("1", {"champion": "1"})
+    with pytest.raises(RegistryError, match="nothing to roll m back to: no version was champion before version 1"):
+        rollback(settings, "m")
+    assert [(e.action, e.champion) for e in state_of(settings).entries] == [
+        *(("promote", number) for number in ("1", "2", "3")),
+        *(("rollback", number) for number in ("2", "1")),
+    ]
+
+
+def test_promoting_the_champion_changes_nothing(settings: Settings) -> None:
+    promote(settings, "m", "1")
+    assert promote(settings, "m", "1").changed is False
+    assert len(state_of(settings).entries) == 1
+
+
+def test_a_version_whose_gate_failed_takes_an_override_that_is_recorded(settings: Settings) -> None:
+    with pytest.raises(RegistryError, match=r"m version 4 cannot become champion: its gate did not pass \(failed\)"):
+        promote(settings, "m", "4")
+    assert aliases(settings) == {}
+    promote(settings, "m", "4", override="for the demo")
+    state = state_of(settings)
+    assert state.last is not None
+    assert state.last.reason == "for the demo"
+    override = state.versions["4"].override
+    assert override is not None
+    assert override["reason"] == "for the demo"
+    assert resolve("models:/m@champion", settings).version == "4"
+
+
+def test_changed_files_are_promoted_by_an_override_alone_and_as_they_are(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "student-1" / "model_index.json").write_text("{}")
+    with pytest.raises(RegistryError, match="m version 1 is not what was registered"):
+        promote(settings, "m", "1")
+    promote(settings, "m", "1", override="retouched")
+    assert resolve("models:/m@champion", settings).version == "1"
+    (tmp_path / "student-1" / "model_index.json").write_text("[]")
+    with pytest.raises(RegistryError, match="m version 1 is not what was registered"):
+        resolve("models:/m@champion", settings)
+
+
+def test_a_champion_made_by_hand_becomes_previous_where_its_gate_passed(settings: Settings) -> None:
+    promote(settings, "m", "1")
+    connect(settings).set_registered_model_alias("m", "champion", "2")
+    promote(settings, "m", "3")
+    assert aliases(settings) == {"champion": "3", "previous": "2"}
+    last = state_of(settings).last
+    assert last is not None
+    assert (last.found, last.line) == ("2", ("3", "2", "1"))
+
+
+@pytest.mark.parametrize("command", [lambda s: rollback(s, "m"), lambda s: promote(s, "m", "1")])
+def test_a_bad_alias_made_by_hand_is_put_right_by_rollback_and_by_promote(
+    settings: Settings, command: Callable[[Settings], Any]
+) -> None:
+    promote(settings, "m", "2")
+    promote(settings, "m", "1")
+    connect(settings).set_registered_model_alias("m", "champion", "4")
+    with pytest.raises(RegistryError, match="points to version 4, which may not be used"):
+        resolve("models:/m@champion", settings)
+    command(settings)
+    assert resolve("models:/m@champion", settings).version == "1"
+    assert "4" not in state_of(settings).line
+
+
+def test_a_version_that_was_deleted_is_passed_over(settings: Settings) -> None:
+    for number in ("1", "2", "3"):
+        promote(settings, "m", number)
+    connect(settings).delete_model_version("m", "2")
+    rollback(settings, "m")
+    assert aliases(settings) == {"champion": "1"}
+
+
+def test_of_two_at_once_one_wins_and_the_other_is_told_by_whom(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(settings, "m", "1")
+    monkeypatch.setattr(promotion, "_who", lambda: "ann")
+    check = promotion._check
+
+    def check_while_ann_promotes(settings: Settings, version: Any) -> str:
+        monkeypatch.setattr(promotion, "_check", check)
+        promote(settings, "m", "3")
+        return check(settings, version)
+
+    monkeypatch.setattr(promotion, "_check", check_while_ann_promotes)
+    with pytest.raises(RegistryError, match="ann moved the champion of m to version 3 at the same time, so your"):
+        promote(settings, "m", "2")
+    assert aliases(settings) == {"champion": "3", "previous": "1"}
+
+
+def test_what_counts_in_the_journal_is_decided_by_the_order_alone() -> None:
+    def entry(number: int, after: int) -> Entry:
+        return Entry("promote", (str(number),), after, "ann", f"token-{number}", number=number)
+
+    written = [entry(1, 0), entry(2, 0), entry(3, 1), entry(4, 1), entry(5, 2), entry(6, 3)]
+    assert [found.number for found in counted(reversed(written))] == [1, 3, 6]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Has the commands of the calling thread use this client."""
+    real, chosen = promotion.connect, threading.local()
+    monkeypatch.setattr(promotion, "connect", lambda s: getattr(chosen, "client", None) or real(s))
+    return lambda client: setattr(chosen, "client", client)
+
+
+def assert_settled(settings: Settings) -> State:
+    """What the next command makes of whatever was left, is all that the journal says."""
+    state = settle(ModelStore(connect(settings), settings, "m"), "the next command")
+    assert state.misplaced() == {}
+    assert state.missing_override() is None
+    return state
+
+
+@pytest.mark.parametrize(
+    ("command", "back", "after"),
+    [
+        (lambda s: promote(s, "m", "3"), lambda s: rollback(s, "m"), ("3", "2", "1")),
+        (lambda s: promote(s, "m", "4", override="demo"), lambda s: rollback(s, "m"), ("4", "2", "1")),
+        (lambda s: rollback(s, "m"), lambda s: promote(s, "m", "2"), ("1",)),
+    ],
+    ids=["promote", "override", "rollback"],
+)
+def test_killed_between_any_two_calls_it_is_done_or_undone_by_the_next_command(
+    settings: Settings,
+    use: Use,
+    command: Callable[[Settings], Any],
+    back: Callable[[Settings], Any],
+    after: tuple[str, ...],
+) -> None:
+    before = ("2", "1")
+    promote(settings, "m", "1")
+    promote(settings, "m", "2")
+    mortal, ends = MortalClient(connect(settings)), set()
+    for dies_at in range(100):
+        mortal.dies_at, mortal.calls = dies_at, []
+        use(mortal)
+        try:
+            command(settings)
+            break
+        except Killed:
+            use(None)
+        assert state_of(settings).champion in (before[0], after[0])
+        line = assert_settled(settings).line
+        ends.add(line)
+        if line == after:
+            back(settings)
+    assert ends == {before, after}
+    assert "set_registered_model_alias" in mortal.calls
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
+def test_two_hundred_promotions_at_once_with_kills_and_lost_answers(tmp_path: Path, use: Use) -> None:
+    with postgres.postgres_server() as server:
+        url = postgres.database(server, "registry")
+        settings = load_settings(overrides={"workdir": tmp_path, "mlflow.tracking_uri": url})
+        for gate in GATES:
+            add_version(connect(settings), tmp_path, gate=gate)
+        ends = Crowd(settings, use).run(rounds=25, at_once=8)
+    assert sum(ends.values()) == 200
+    assert min(ends[end] for end in ("done", "lost", "killed")) > 0, ends
+
+
+class Crowd:
+    """Rounds of commands at once; the invariants are checked after each command, and once more when all have ended."""
+
+    def __init__(self, settings: Settings, use: Use) -> None:
+        self._settings, self._use, self._random = settings, use, random.Random(7)
+        self._seen: tuple[Entry, ...] = ()
+        self._lock = threading.Lock()
+
+    def run(self, *, rounds: int, at_once: int) -> Counter[str]:
+        """How many commands ended how."""
+        ends: Counter[str] = Counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            for _ in range(rounds):
+                ends.update(pool.map(self._command, [self._random.random() for _ in range(at_once)]))
+                state = assert_settled(self._settings)
+                assert state.champion == (state.last.champion if state.last else None)
+                assert not [entry.found for entry in state.entries if entry.found], "nobody moved an alias by hand"
+        return ends
+
+    def _command(self, seed: float) -> str:
+        chance = random.Random(seed)
+        dies_at = chance.randrange(16) if chance.random() < 0.4 else None
+        client = MortalClient(connect(self._settings), dies_at=dies_at, loses=0.05, seed=chance.randrange(1 << 30))
+        self._use(client)
+        try:
+            if chance.random() < 0.2:
+                rollback(self._settings, "m")
+            else:
+                promote(self._settings, "m", chance.choice("123"))
+            end = "done"
+        except RegistryError as error:
+            end = "lost" if "at the same time" in str(error) else "refused"
+        except TrackingError:
+            end = "failed"
+        except Killed:
+            end = "killed"
+        finally:
+            self._use(None)
+        self._check(client, end)
+        return end
+
+    def _check(self, client: MortalClient, end: str) -> None:
+        """No reader ever finds a champion that may not be one; the journal only grows; each command was told right."""
+        state = state_of(self._settings)
+        assert state.champion in (None, "1", "2", "3")
+        tokens = {entry.token for entry in state.entries}
+        assert client.token in (*tokens, None) or end != "done"
+        assert client.token not in tokens or end != "lost"
+        with self._lock:
+            longer, shorter = sorted(([e.token for e in self._seen], [e.token for e in state.entries]), key=len)[::-1]
+            assert longer[: len(shorter)] == shorter
+            self._seen = max(self._seen, state.entries, key=len)
