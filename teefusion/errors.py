@@ -14,6 +14,7 @@
     │   └── InterruptedRunError exit code 75: told to stop, and ready to be started again
     ├── ClusterError            Kubernetes cannot be reached, or refuses
     ├── TrackingError           the MLflow server cannot be reached or refuses
+    ├── RegistryError           a version is not there, not to be trusted, or was moved by somebody else meanwhile
     └── PipelineError           a stage of the pipeline failed; its own message is above
 
 Messages have three parts: what was found, where, and what to do.
@@ -80,6 +81,10 @@ class ClusterError(TeEFusionError):
 
 class TrackingError(TeEFusionError):
     """The MLflow server cannot be reached, or refuses."""
+
+
+class RegistryError(TeEFusionError):
+    """A version is not there, is not to be trusted, or somebody else moved an alias at the same time."""
 
 
 class PipelineError(TeEFusionError):

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -54,6 +57,14 @@ class Store(Reader, Protocol):
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish the object if there is none of that name; whether this call did. Raises StorageError."""
+        ...
+
+    def download(self, name: str, path: Path) -> None:
+        """The object into a file, however large. Raises NotFoundError, StorageError."""
+        ...
+
+    def upload(self, name: str, path: Path) -> None:
+        """Publish a file, however large, in place of any older object. Raises StorageError."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -119,6 +130,17 @@ class FolderStore:
         """See ``Store``."""
         return create_bytes(self.folder / name, data)
 
+    def download(self, name: str, path: Path) -> None:
+        """See ``Store``."""
+        _copy(self.folder / name, path)
+
+    def upload(self, name: str, path: Path) -> None:
+        """See ``Store``."""
+        target = self.folder / name
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        _copy(path, temporary)
+        os.replace(temporary, target)
+
     def size(self, name: str) -> int | None:
         """See ``Store``."""
         try:
@@ -147,6 +169,25 @@ class FolderStore:
     def where(self, name: str) -> str:
         """See ``Reader``."""
         return str(self.folder / name)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[BinaryIO]:
+    """A new file for writing, its folders made. Raises StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            yield stream
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        with source.open("rb") as stream, _writable(target) as copy:
+            shutil.copyfileobj(stream, copy)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{source} is missing.") from error
 
 
 class S3Credentials(BaseSettings):
@@ -197,6 +238,16 @@ class S3Store:
         """See ``Store``."""
         with self._errors("write", name):
             self._client.upload_fileobj(io.BytesIO(data), self.bucket, self._key(name), Config=self._transfer)
+
+    def download(self, name: str, path: Path) -> None:
+        """See ``Store``."""
+        with self._errors("read", name), _writable(path) as stream:
+            self._client.download_fileobj(self.bucket, self._key(name), stream, Config=self._transfer)
+
+    def upload(self, name: str, path: Path) -> None:
+        """See ``Store``."""
+        with self._errors("write", name):
+            self._client.upload_file(str(path), self.bucket, self._key(name), Config=self._transfer)
 
     def create(self, name: str, data: bytes) -> bool:
         """See ``Store``. Of a server without conditional writes, two at once may both be told yes."""

@@ -6,12 +6,14 @@ checked once, before anything is spent; a server that goes away later costs metr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teefusion.errors import TrackingError
+from teefusion.errors import RegistryError, TrackingError
 from teefusion.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,23 +46,62 @@ def connect(settings: Settings) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.mlflow.timeout_s) or 1))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    try:
+    with mlflow_errors(settings, "be used"):
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+    return client
+
+
+@contextlib.contextmanager
+def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None) -> Iterator[None]:
+    """What MLflow raises within, as TrackingError saying which setting to look at ("MLflow at URI cannot ACTION").
+
+    Where it says that something does not exist, RegistryError with the words ``missing``, if there are any.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
+
+    uri = _shown(tracking_uri(settings))
+    try:
+        yield
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
         raise TrackingError(
-            f"MLflow's database {_shown(uri)} cannot be used: {reason}. If it is a file: no space left, or no "
-            "permission to write there? Free some space, or set mlflow.tracking_uri, and run again."
+            f"MLflow's database {uri} cannot be used: {reason}. If it is a file: no space left, or no permission to "
+            "write there? Free some space, or set mlflow.tracking_uri, and run again."
         ) from error
     except (MlflowException, OSError, ValueError) as error:
-        raise TrackingError(f"MLflow at {_shown(uri)} cannot be used: {error}. Check mlflow.tracking_uri.") from error
-    return client
+        # An alias or version that is not there, in the words of one store or of the other.
+        if missing and getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise RegistryError(f"{missing} (in MLflow at {uri}). 'teefusion models' lists what there is.") from error
+        raise TrackingError(f"MLflow at {uri} cannot {action}: {_advice(error, settings)}") from error
+
+
+def _advice(error: Exception, settings: Settings) -> str:
+    """What a server's refusal means, and the setting to look at."""
+    text, code = str(error), getattr(error, "error_code", "")
+    if "Invalid Host header" in text:
+        return (
+            "the server refuses the host in mlflow.tracking_uri, against DNS rebinding. Start it with --allowed-hosts "
+            "(MLFLOW_SERVER_ALLOWED_HOSTS) that lists this host and port, or use an address that it allows."
+        )
+    if code == "UNAUTHENTICATED" or "error code 401" in text:
+        return (
+            "it wants to know who you are (401). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN."
+        )
+    if code == "PERMISSION_DENIED" or "error code 403" in text:
+        return "this account may not (403). Have its administrator grant it, or set another MLFLOW_TRACKING_USERNAME."
+    if "too many 5" in text or "error code 5" in text or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+        return (
+            f"{text.rstrip('.')}. The server failed, not the request: look at its log and its database, and run again."
+        )
+    return (
+        f"{text.rstrip('.')}. Check mlflow.tracking_uri, and mlflow.timeout_s ({settings.mlflow.timeout_s:g}) if slow."
+    )
 
 
 class Tracker:

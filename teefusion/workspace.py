@@ -3,6 +3,7 @@
 <workdir>/prompts/KEY/        prompt set
 <workdir>/targets/KEY/        target set, unless storage.uri says where else
 <workdir>/cache/              shards read from S3
+<workdir>/models/DIGEST/      students of the registry that lie elsewhere
 <workdir>/students/KEY/       checkpoints, the student folder, training.json
 <workdir>/evaluations/KEY/    pictures, scores, verdict, report.html
 <workdir>/runs/RUN_KEY/       settings, one record a stage, summary
@@ -72,6 +73,11 @@ class Workspace:
     def cache(self) -> Path:
         """What was read from S3, as long as there is room."""
         return self.root / "cache"
+
+    @property
+    def models(self) -> Path:
+        """Students fetched for the registry's sake, named by their digests."""
+        return self.root / "models"
 
     def stage(self, name: StageName, output: Path | str, work: Work) -> StageResult:
         """Do a stage's work, time it, and record it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from teefusion.errors import TrackingError
 from teefusion.files import sha256_folder
+from teefusion.registry.versions import CHALLENGER, DIGEST_TAG
 from teefusion.settings import Settings
 from teefusion.tracking import Tracker, connect, tracking_uri
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
-CHALLENGER = "challenger"
-_DIGEST_TAG = "student_digest"
 _KEY_TAG = "run_key"
 
 
@@ -40,7 +39,7 @@ def register(settings: Settings, student: Path, tags: dict[str, Any], descriptio
                 source=_source(settings, client, student),
                 run_id=Tracker.open(settings).run_id,
                 tags={key: str(value) for key, value in tags.items()}
-                | {_DIGEST_TAG: digest, _KEY_TAG: settings.run_key},
+                | {DIGEST_TAG: digest, _KEY_TAG: settings.run_key},
                 description=description,
             )
         if CHALLENGER not in version.aliases:
@@ -61,7 +60,7 @@ def register(settings: Settings, student: Path, tags: dict[str, Any], descriptio
 def _find(client: MlflowClient, name: str, digest: str, run_key: str) -> Any:
     """The version of these very bytes and this run, so that a rerun registers nothing twice."""
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(_DIGEST_TAG) == digest and version.tags.get(_KEY_TAG) == run_key:
+        if version.tags.get(DIGEST_TAG) == digest and version.tags.get(_KEY_TAG) == run_key:
             return client.get_model_version(name, version.version)  # the search leaves aliases out
     return None
 
