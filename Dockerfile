@@ -42,7 +42,7 @@ RUN apt-get update \
 ARG PIP_ARGS=""
 # kfp stays: the code that a KFP step runs begins with `import kfp`.
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
-    pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[pipeline,train,lora]" setuptools wheel
+    pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[pipeline,train,serve,lora]" setuptools wheel
 # After torch and beside it, or its build sees no torch.
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
     DS_BUILD_OPS=0 pip install ${PIP_ARGS} --no-build-isolation --constraint /opt/teefusion/constraints.txt \

@@ -72,11 +72,11 @@ $(BIN)/pip:
 	exit 1
 
 $(INSTALLED): $(MANIFESTS) | $(BIN)/pip
-	$(PIP_INSTALL) --editable ".[pipeline,train]"
+	$(PIP_INSTALL) --editable ".[pipeline,train,serve]"
 	@touch $@
 
 $(INSTALLED_DEV): $(MANIFESTS) | $(BIN)/pip
-	$(PIP_INSTALL) --editable ".[pipeline,train,dev]"
+	$(PIP_INSTALL) --editable ".[pipeline,train,serve,dev]"
 	@touch $@ $(INSTALLED)
 
 # Without isolation its build sees the installed torch. No kernel is compiled now: they are when first used.

@@ -53,6 +53,8 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     ),
     "model-name": ("mlflow.model_name", str, "Registered model.  [default: teefusion-TEACHER]"),
     "tracking-uri": ("mlflow.tracking_uri", str, "MLflow server.  [default: SQLite in the workdir]"),
+    "host": ("serve.host", str, "Address to listen on; 0.0.0.0 is every one of this machine.  [default: 127.0.0.1]"),
+    "port": ("serve.port", int, "Port to listen on; 0 takes a free one.  [default: 8000]"),
     "device": ("device", str, "auto, cpu, cuda, cuda:1, ...  [default: auto]"),
 }
 
@@ -267,6 +269,21 @@ def generate(
     return {"images": [str(path) for path in paths], "_text": "\n".join(str(path) for path in paths)}
 
 
+@_command("host", "port", *_REGISTRY, "device", pinned=False)
+@click.argument("model", required=False)
+def serve(settings: Settings, model: str | None) -> dict[str, Any]:
+    """Make pictures over HTTP with MODEL, until SIGTERM.
+
+    MODEL is models:/NAME@alias (followed when it moves), models:/NAME/VERSION, a student folder or a hub id; without
+    one, the champion of these settings.
+    """
+    from teefusion.serving.server import Server
+
+    uri = model or f"models:/{settings.model_name}@champion"
+    Server(uri, settings).run()
+    return {"model": uri, "_text": "stopped"}
+
+
 @_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="IR YAML."
@@ -307,7 +324,9 @@ class _report_errors:  # noqa: N801  # a context manager that reads as a verb
             click.echo("\nteefusion: interrupted; run the same command again to continue.", err=True)
             sys.exit(130)
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("teefusion"):
-            click.echo(f"teefusion: {error}. Install the extras: pip install 'teefusion[pipeline,train]'.", err=True)
+            click.echo(
+                f"teefusion: {error}. Install the extras: pip install 'teefusion[pipeline,train,serve]'.", err=True
+            )
             sys.exit(UsageError.exit_code)
         if isinstance(error, Exception):
             click.echo(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from PIL import Image
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as PNG."""
+def png_bytes(picture: Image.Image, *, optimize: bool = True) -> bytes:
+    """The picture as PNG; ``optimize`` makes it as small as it can be, which takes a large one seconds."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
+    picture.save(stream, "PNG", optimize=optimize)
     return stream.getvalue()
 
 

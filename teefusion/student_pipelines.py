@@ -30,8 +30,9 @@ _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 class StudentPipeline(DiffusionPipeline):
     """What the students of all families share: guidance is in the conditioning, not in a second forward.
 
-    A student is called as its stock pipeline is. ``guidance_scale`` is diffusers' s, as everywhere. Negative prompts
-    are refused, since a student learned the direction away from the empty prompt and no other.
+    A student is called as its stock pipeline is. ``guidance_scale`` is diffusers' s, as everywhere, or a sequence of
+    them, one a picture. Negative prompts are refused, since a student learned the direction away from the empty prompt
+    and no other.
     """
 
     @classmethod
@@ -82,14 +83,20 @@ class StudentPipeline(DiffusionPipeline):
             sigmas=list(sigmas) if sigmas else None,
         )
         self._warned: set[str] = set()
+        self._scales: Sequence[float] | None = None
         if not isinstance(self.transformer.time_text_embed, FusedConditioning):
             fuse(self.transformer, constants)
 
     def _pack(self, pooled_BP: Tensor, null_P: Tensor) -> Tensor:
-        """Pooled text with null text and this call's guidance scale."""
-        s = float(self._guidance_scale)
-        self._warn_outside_range(s)
-        return pack(pooled_BP, null_P, torch.tensor([s]))
+        """Pooled text with null text and this call's guidance scales. Raises ValueError for a wrong number of them."""
+        scales = [float(s) for s in self._scales or [self._guidance_scale]]
+        if len(scales) not in (1, len(pooled_BP)):
+            raise ValueError(
+                f"guidance_scale holds {len(scales)} numbers for {len(pooled_BP)} pictures: give one each."
+            )
+        for s in scales:
+            self._warn_outside_range(s)
+        return pack(pooled_BP, null_P, torch.tensor(scales))
 
     def _warn_outside_range(self, s: float) -> None:
         trained = self.config.guidance_range
@@ -109,7 +116,13 @@ class StudentPipeline(DiffusionPipeline):
         if any(value for name, value in options.items() if name.startswith("negative_prompt")):
             raise ValueError("A TeEFusion student takes no negative prompt: it was taught the direction from '' alone.")
         length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
-        return self._own_steps(options) | {"max_sequence_length": length}
+        return self._own_steps(self._own_scales(options)) | {"max_sequence_length": length}
+
+    def _own_scales(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options with one number for the stock pipeline, which makes nothing of it, where the caller has several."""
+        scales = options.get("guidance_scale")
+        self._scales = scales if isinstance(scales, Sequence) else None
+        return options if self._scales is None else options | {"guidance_scale": 1.0}
 
     def _own_steps(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options with the grid of a student that takes fewer steps than its teacher, unless the caller has another."""

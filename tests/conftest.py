@@ -66,6 +66,26 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
     ).save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student folder of the tiny teacher, not trained."""
+    folder = tmp_path_factory.mktemp("tiny-student") / "student"
+    make_tiny_student(folder, tiny_teacher)
+    return folder
+
+
+def make_tiny_student(folder: Path, teacher: Path) -> None:
+    """Fuse the teacher in ``teacher`` and save it as a student, trained on 1 to 5 as far as it says."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from teefusion.fusion import make_fusion
+    from teefusion.students import make_student, save_student
+
+    stock = StableDiffusion3Pipeline.from_pretrained(teacher, text_encoder_3=None, tokenizer_3=None)
+    student = make_student(stock, make_fusion("affine"), max_sequence_length=0, guidance_range=(1.0, 5.0))
+    save_student(student, folder)
+
+
 def tiny_clip(*, projected: bool = True) -> Any:
     """A CLIP text encoder of width 16."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

@@ -23,6 +23,7 @@ from teefusion.settings.method import (
 )
 from teefusion.settings.run import Settings
 from teefusion.settings.section import ENV_PREFIX, JOB_VARIABLE
+from teefusion.settings.serve import ServeSettings
 from teefusion.settings.services import MlflowSettings, StorageSettings
 from teefusion.settings.train import TrainSettings
 from teefusion.settings.verdict import EvaluateSettings, GateSettings
@@ -39,6 +40,7 @@ __all__ = [
     "LegSettings",
     "MlflowSettings",
     "PromptSettings",
+    "ServeSettings",
     "Settings",
     "StorageSettings",
     "StrategySettings",

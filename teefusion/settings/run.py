@@ -19,6 +19,7 @@ from teefusion.settings.method import (
     TeacherSettings,
 )
 from teefusion.settings.section import ENV_PREFIX, Section
+from teefusion.settings.serve import ServeSettings
 from teefusion.settings.services import MlflowSettings, StorageSettings
 from teefusion.settings.train import TrainSettings
 from teefusion.settings.verdict import EvaluateSettings, GateSettings
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     mlflow: MlflowSettings = MlflowSettings()
     storage: StorageSettings = StorageSettings()
     cluster: ClusterSettings = ClusterSettings()
+    serve: ServeSettings = ServeSettings()
 
     @classmethod
     def settings_customise_sources(
