@@ -205,9 +205,8 @@ def train(settings: Settings) -> dict[str, Any]:
 
     prompts = _prompts(settings)
     result = stage(settings, prompts, _targets(settings, prompts))
-    curves = ("residual_curve", "loss_curve", "residual_by_guidance")
     shown = _shown(result)
-    return {key: value for key, value in shown.items() if key not in curves}
+    return {key: value for key, value in shown.items() if not key.endswith("_curve") and "residual_by" not in key}
 
 
 @_command(*_TEACHER, *_TRAIN, *_EVALUATE, "device")

@@ -38,6 +38,10 @@ def evidence(
         student_scores=tuple(student),
         nfe_teacher=56.0,
         nfe_student=28.0,
+        seconds_teacher=0.5,
+        seconds_student=0.25,
+        diversity_teacher=0.4,
+        diversity_student=0.4,
         guidance_residual=0.25,
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
@@ -57,7 +61,8 @@ def test_a_student_equal_to_its_teacher_passes_and_says_why() -> None:
         "Overall the student scores 20 and its teacher 20 on the same 8 prompts: a difference of +0, 95 % interval "
         "+0 to +0; a lower bound of -0.25 is allowed.",
         "No style falls behind: the closest to its limit is anime, with a lower bound of +0 where -1 is allowed.",
-        "It needs 28 forwards a picture where its teacher needs 56.",
+        "It needs 28 forwards a picture where its teacher needs 56, and is 2 times as fast.",
+        "Its pictures of a prompt differ 1 times as much as its teacher's; at least 0.8 is asked for.",
         "It learned to follow the guidance scale: its guidance residual is 0.25 (1 is none learned, 0 is perfect), "
         "at most 1 is allowed.",
     )
@@ -66,7 +71,7 @@ def test_a_student_equal_to_its_teacher_passes_and_says_why() -> None:
 def test_intervals_give_means_difference_bounds_and_margin_in_points() -> None:
     verdict = decide(evidence(student=[20.0] * 4 + [19.5] * 4), RULES)
     photo, overall = verdict.intervals["photo"], verdict.intervals[OVERALL]
-    assert (photo.n, photo.teacher_mean, photo.student_mean, photo.difference) == (4, 20.0, 19.5, -0.5)
+    assert (photo.n, photo.reference_mean, photo.student_mean, photo.difference) == (4, 20.0, 19.5, -0.5)
     assert (photo.low, photo.high, photo.margin) == (-0.5, -0.5, 1.0)
     assert (overall.n, overall.difference, overall.margin) == (8, -0.25, 0.25)
     assert list(verdict.intervals) == [OVERALL, "anime", "photo"]
@@ -245,11 +250,13 @@ def test_all_failures_are_named_at_once() -> None:
 def test_a_verdict_becomes_json() -> None:
     value = json.loads(json.dumps(decide(evidence(), RULES).to_dict(), allow_nan=False))
     assert value["passed"] is True
-    assert len(value["reasons"]) == 4
+    assert value["outcome"] == "passed"
+    assert len(value["reasons"]) == 5
+    assert value["champion_intervals"] == {}
     assert value["confidence"] == 0.95
     assert value["intervals"][OVERALL] == {
         "n": 8,
-        "teacher_mean": 20.0,
+        "reference_mean": 20.0,
         "student_mean": 20.0,
         "difference": 0.0,
         "low": 0.0,
