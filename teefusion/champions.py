@@ -10,6 +10,7 @@ from teefusion.errors import IntegrityError, StudentError, TrackingError
 from teefusion.files import sha256_folder
 from teefusion.settings import Settings
 from teefusion.tracking import connect, tracking_uri
+from teefusion.workspace import Workspace
 
 SCHEME = "models:/"
 
@@ -96,7 +97,7 @@ def _folder(settings: Settings, found: Any) -> Path:
     if Path(source).is_absolute():
         return _present(Path(source), found)
     digest = found.tags.get("student_digest", "")
-    copy = settings.workdir.resolve() / "versions" / digest[:16]
+    copy = Workspace(settings).folder("versions", digest[:16])
     if not copy.exists():
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException

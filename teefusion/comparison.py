@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from teefusion.claims import forget_claims
 from teefusion.devices import local_device
 from teefusion.errors import TeEFusionError
 from teefusion.evaluation import choose_prompts, score_rows
-from teefusion.group_means import Mean
+from teefusion.group_means import Mean, benchmark_score, by_style, style_means
 from teefusion.memory import memory_kind
 from teefusion.prompts import Prompt, load_prompt_set
 from teefusion.samplers import Sampler, samplers
@@ -53,30 +54,45 @@ class Comparison:
             records=self._records,
         )
 
-    def sweep(self) -> dict[str, list[SweepPoint]]:
-        """Teacher and student over guidance scales; see ``sweeps``."""
-        options = self.settings.evaluate
-        return guidance_sweep(
-            self._of("teacher", "student"), self.scorer, self.spread(options.sweep_prompts), options.sweep
-        )
+    def measured(self, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """What scoring gave, JSON-ready. Seconds, forwards and memory are those of the scored batches."""
+        styles = [prompt.style for prompt in self.prompts]
+        texts = [prompt.text for prompt in self.prompts]
+        benchmarks = {row: benchmark_score(by_style(values, styles)) for row, values in scores.items()}
+        return {
+            "scores": {
+                row: {style: asdict(mean) for style, mean in style_means(values, styles).items()}
+                for row, values in scores.items()
+            },
+            "benchmark": {row: score and score.to_dict() for row, score in benchmarks.items()},
+            "per_prompt": [
+                {"prompt": prompt.text, "style": prompt.style} | {row: scores[row][k] for row in scores}
+                for k, prompt in enumerate(self.prompts)
+            ],
+            "guidance_scale": {row: sampler.guidance_scale for row, sampler in self.rows.items()},
+            "nfe": {row: sampler.nfe for row, sampler in self.rows.items()},
+            "seconds_per_image": {row: sampler.timing() for row, sampler in self.rows.items()},
+            "memory": {
+                "kind": memory_kind(next(iter(self.rows.values())).device),
+                "peak_bytes": {row: sampler.peak_bytes for row, sampler in self.rows.items()},
+            },
+            "scorer": self.scorer.describe() | {"prompts_cut": len(self.scorer.too_long(texts))},
+        }
 
-    def diversity(self) -> dict[str, Mean]:
-        """Of teacher, student and the unguided teacher, which guidance makes more alike; see ``sweeps``."""
-        options = self.settings.evaluate
-        chosen = self.spread(options.diversity_prompts)
-        return diversity(self._of("unguided", "teacher", "student"), self.scorer, chosen, seeds=options.diversity_seeds)
+    def sweep(self, rows: Sequence[str]) -> dict[str, list[SweepPoint]]:
+        """These rows over guidance scales; see ``sweeps``."""
+        options, chosen = self.settings.evaluate, {row: self.rows[row] for row in rows}
+        return guidance_sweep(chosen, self.scorer, self.spread(options.sweep_prompts), options.sweep)
+
+    def diversity(self, rows: Sequence[str]) -> dict[str, Mean]:
+        """Of these rows; see ``sweeps``."""
+        options, chosen = self.settings.evaluate, {row: self.rows[row] for row in rows}
+        prompts = self.spread(options.diversity_prompts)
+        return diversity(chosen, self.scorer, prompts, seeds=options.diversity_seeds)
 
     def spread(self, count: int) -> list[Prompt]:
         """So many of the prompts at most, from all styles: every n-th."""
         return list(self.prompts[:: max(1, len(self.prompts) // count)][:count])
-
-    @property
-    def memory_kind(self) -> str:
-        """What the rows' peak memory is of."""
-        return memory_kind(next(iter(self.rows.values())).device)
-
-    def _of(self, *rows: str) -> dict[str, Sampler]:
-        return {row: self.rows[row] for row in rows}
 
     def forget_claims(self) -> None:
         """Remove what processes left behind in sharing out the batches, once all are scored."""

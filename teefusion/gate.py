@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from teefusion.group_means import OVERALL
+from teefusion.group_means import OVERALL, by_style
 from teefusion.intervals import Interval, paired_interval
 from teefusion.settings import GateSettings
 
@@ -180,21 +180,28 @@ def _intervals(
     style = dict(zip(evidence.teacher_prompts, evidence.styles, strict=True))
     # Sorted, because a resample draws positions: the verdict must not depend on the order in which prompts were scored.
     pairs = sorted(
-        (prompt, style[prompt], score, student_score[prompt]) for prompt, score in zip(prompts, scores, strict=True)
+        (prompt, score, student_score[prompt], style[prompt]) for prompt, score in zip(prompts, scores, strict=True)
     )
-    groups = {OVERALL: (pairs, settings.margin)}
-    for name in sorted(set(evidence.styles)):
-        groups[name] = ([pair for pair in pairs if pair[1] == name], settings.style_margin)
+    _, reference, student, styles = zip(*pairs, strict=True)
+    return difference_intervals(reference, student, styles, settings)
+
+
+def difference_intervals(
+    reference: Sequence[float], student: Sequence[float], styles: Sequence[str], settings: GateSettings
+) -> dict[str, Interval]:
+    """Student minus reference, overall and by style, of scores paired by their place."""
+    references = {OVERALL: list(reference)} | by_style(reference, styles)
+    students = {OVERALL: list(student)} | by_style(student, styles)
     return {
         name: paired_interval(
-            [pair[2] for pair in group],
-            [pair[3] for pair in group],
-            share=share,
+            references[name],
+            students[name],
+            share=settings.margin if name == OVERALL else settings.style_margin,
             confidence=settings.confidence,
             resamples=settings.resamples,
             seed=settings.seed,
         )
-        for name, (group, share) in groups.items()
+        for name in references
     }
 
 

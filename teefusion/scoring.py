@@ -158,11 +158,12 @@ class EmbeddingScorer:
         return [float(score) for score in score_B.cpu()]
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        self._note_truncated(self.too_long(prompts), len(prompts))
         texts = [self._clean(prompt) for prompt in prompts]
         tokens = self._tokenizer(
             texts, padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
+        full = tokens["attention_mask"][:, -1].tolist()  # only these may have been cut
+        self._note_truncated(self.too_long([p for p, whole in zip(prompts, full, strict=True) if whole]), len(prompts))
         return {key: tokens[key].to(self._device) for key in ("input_ids", "attention_mask")}
 
     def _note_truncated(self, longer: Sequence[str], count: int) -> None:

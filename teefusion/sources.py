@@ -27,12 +27,16 @@ def prompt_path(source: str) -> Path:
     return shapes.PROMPTS_FILE if source == BUNDLED else Path(source)
 
 
-def require_fitting_scorer(settings: Settings) -> None:
-    """Raises SettingsError where the bundled arbiter, which knows coloured shapes, would judge another teacher."""
-    if settings.evaluate.scorer == BUNDLED and settings.teacher.uri != _BUNDLED_TEACHER:
+def require_fitting_scorer(settings: Settings, of: TeacherSettings | None = None) -> None:
+    """Raises SettingsError where the bundled arbiter, which knows coloured shapes, would judge another teacher.
+
+    ``of`` is that teacher, where it is not the settings' own.
+    """
+    teacher = of or settings.teacher
+    if settings.evaluate.scorer == BUNDLED and teacher.uri != _BUNDLED_TEACHER:
         raise SettingsError(
             f"evaluate.scorer is {BUNDLED}, which can only judge the bundled teacher's coloured shapes; the teacher is "
-            f"{settings.teacher.name}. Name a real scorer: --scorer hps:/models/HPS_v2.1_compressed.pt, "
+            f"{teacher.name}. Name a real scorer: --scorer hps:/models/HPS_v2.1_compressed.pt, "
             "clip:openai/clip-vit-large-patch14, ... (docs/evaluation.md)."
         )
 

@@ -29,7 +29,6 @@ from teefusion.workspace import Workspace
 
 if TYPE_CHECKING:
     from teefusion.comparison import Comparison
-    from teefusion.prompts import Prompt
     from teefusion.sweeps import SweepPoint
 
 _LOOKS: dict[str, tuple[str, Color]] = {
@@ -62,7 +61,7 @@ def evaluation_report(
         memory_kind=result["memory"]["kind"],
         guidance_residual=result["guidance_residual"],
         scorer_details=result["scorer"],
-        control={name: _control(points) for name, points in sweep.items()},
+        control=control(sweep),
         residual_curve=[(step, value) for step, value in training["residual_curve"]],
         residual_by_guidance=_buckets(training["residual_by_guidance"]),
         residual_by_sigma=[
@@ -71,7 +70,7 @@ def evaluation_report(
         ],
         loss_curve=[(step, value) for step, value in training["loss_curve"]],
         pictures=pictures(compared),
-        swept=_swept(sweep, compared.spread(settings.evaluate.sweep_prompts)[:_SWEPT_SHOWN]),
+        swept=swept(sweep, compared),
         stages=[
             StageTime(name, record["seconds"], record["reused"])
             for name, record in Workspace(settings).records().items()
@@ -144,18 +143,24 @@ def _about(settings: Settings, result: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _control(points: Sequence[SweepPoint]) -> list[ControlPoint]:
-    return [ControlPoint(point.scale, point.score, point.saturation) for point in points]
+def control(sweep: Mapping[str, Sequence[SweepPoint]]) -> dict[str, list[ControlPoint]]:
+    """A sweep's numbers."""
+    return {
+        name: [ControlPoint(point.scale, point.score, point.saturation) for point in points]
+        for name, points in sweep.items()
+    }
 
 
-def _swept(sweep: Mapping[str, Sequence[SweepPoint]], prompts: Sequence[Prompt]) -> list[SweptPictures]:
+def swept(sweep: Mapping[str, Sequence[SweepPoint]], compared: Comparison) -> list[SweptPictures]:
+    """A sweep's pictures, of its first prompts."""
+    prompts = compared.spread(compared.settings.evaluate.sweep_prompts)
     return [
         SweptPictures(
             prompt.text,
             prompt.style,
             {name: {point.scale: png_bytes(point.images[k]) for point in points} for name, points in sweep.items()},
         )
-        for k, prompt in enumerate(prompts)
+        for k, prompt in enumerate(prompts[:_SWEPT_SHOWN])
     ]
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from teefusion.champions import ModelVersion, find_champion
 from teefusion.files import content_key, read_json, sha256_folder, write_bytes, write_json
 from teefusion.gate import Evidence, decide
-from teefusion.group_means import benchmark_score, by_style, style_means
 from teefusion.scorer_sources import ScorerSource, scorer_of
 from teefusion.settings import Settings
 from teefusion.sources import require_fitting_scorer
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RESULT = "evaluation.json"
+_DIVERSE = ("unguided", "teacher", "student")  # guidance makes pictures alike: the first shows how much
 _DETAILS = (
     *("scores", "benchmark", "nfe", "seconds_per_image", "memory", "diversity", "guidance_control"),
     *("gate", "guidance_residual", "scorer", "champion"),
@@ -99,10 +99,9 @@ def _compare(
     run_scoring(settings, prompts=prompts, student=student, champion=champion, output=output)
     compared = open_comparison(settings, prompts, student, output, champion=champion, source=judges.scorer)
     scores = compared.score()
-    result = _measured(compared, scores)
-    sweep = compared.sweep()
+    result, sweep = compared.measured(scores), compared.sweep(("teacher", "student"))
     result |= {
-        "diversity": {row: asdict(mean) for row, mean in compared.diversity().items()},
+        "diversity": {row: asdict(mean) for row, mean in compared.diversity(_DIVERSE).items()},
         "guidance_control": {row: [point.to_dict() for point in points] for row, points in sweep.items()},
         "guidance_residual": training["guidance_residual"],
         "champion": judges.champion and judges.champion.to_dict(),
@@ -113,33 +112,6 @@ def _compare(
     write_bytes(output / "report.html", render_report(evaluation_report(compared, result, verdict, sweep)).encode())
     write_json(output / RESULT, result)
     compared.forget_claims()
-
-
-def _measured(compared: Comparison, scores: dict[str, list[float]]) -> dict[str, Any]:
-    """What the rows' pictures gave, JSON-ready. Seconds, forwards and memory are those of the scored batches."""
-    rows, chosen = compared.rows, compared.prompts
-    styles = [prompt.style for prompt in chosen]
-    benchmarks = {row: benchmark_score(by_style(values, styles)) for row, values in scores.items()}
-    return {
-        "scores": {
-            row: {style: asdict(mean) for style, mean in style_means(values, styles).items()}
-            for row, values in scores.items()
-        },
-        "benchmark": {row: score and score.to_dict() for row, score in benchmarks.items()},
-        "per_prompt": [
-            {"prompt": prompt.text, "style": prompt.style} | {row: scores[row][k] for row in rows}
-            for k, prompt in enumerate(chosen)
-        ],
-        "guidance_scale": {row: sampler.guidance_scale for row, sampler in rows.items()},
-        "nfe": {row: sampler.nfe for row, sampler in rows.items()},
-        "seconds_per_image": {row: sampler.timing() for row, sampler in rows.items()},
-        "memory": {
-            "kind": compared.memory_kind,
-            "peak_bytes": {row: sampler.peak_bytes for row, sampler in rows.items()},
-        },
-        "scorer": compared.scorer.describe()
-        | {"prompts_cut": len(compared.scorer.too_long([prompt.text for prompt in chosen]))},
-    }
 
 
 def _verdict(

@@ -24,7 +24,7 @@ if (viewer) {
     group = [...button.closest("[data-group]").querySelectorAll("button[data-name]")];
     const at = group.indexOf(button);
     const named = (row) => group.findIndex((other) => other.dataset.row === row);
-    const [teacher, student] = [named("teacher"), named("student")];
+    const [teacher, student] = named("teacher") < 0 ? [0, Math.min(1, group.length - 1)] : [named("teacher"), named("student")];
     part("prompt").textContent = button.closest("[data-group]").dataset.group;
     // A picture is held against the teacher's, the teacher's own against the student's; of a sweep at the same scale.
     const same = group.findIndex((other) => other !== button && other.dataset.scale === button.dataset.scale);
