@@ -103,8 +103,9 @@ class Made:
 
 def make(row: Row, seed: int, options: argparse.Namespace) -> Made:
     """Find or make targets and student, and load them."""
-    from teefusion.evaluation import choose_prompts, samplers
+    from teefusion.evaluation import choose_prompts
     from teefusion.prompts import load_prompt_set
+    from teefusion.samplers import samplers
     from teefusion.settings import load_settings
     from teefusion.sources import pin
     from teefusion.stages.ingest import ingest

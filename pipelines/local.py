@@ -17,13 +17,15 @@ from teefusion.logs import STAGE_MARK
 from teefusion.pipelines.distill import distill
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
+from teefusion.sources import require_fitting_scorer
 from teefusion.tracking import check_server
 from teefusion.workspace import Workspace
 
 
 def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     """Run the pipeline of pinned settings; returns the summary. Raises PipelineError or UsageError when it fails."""
-    check_server(settings)  # before anything is spent
+    require_fitting_scorer(settings)  # before anything is spent
+    check_server(settings)
     workspace = Workspace(settings)
     workspace.start()
     if sys.stderr.isatty():

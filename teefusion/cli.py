@@ -208,20 +208,46 @@ def train(settings: Settings) -> dict[str, Any]:
 
     prompts = _prompts(settings)
     result = stage(settings, prompts, _targets(settings, prompts))
-    curves = ("residual_curve", "loss_curve", "residual_by_guidance")
     shown = _shown(result)
-    return {key: value for key, value in shown.items() if key not in curves}
+    return {key: value for key, value in shown.items() if not key.endswith("_curve") and "residual_by" not in key}
 
 
 @_command(*_TEACHER, *_TRAIN, *_EVALUATE, "device")
 @click.option("--student", type=click.Path(path_type=Path), help="Student folder.  [default: these settings']")
-def evaluate(settings: Settings, student: Path | None) -> dict[str, Any]:
-    """Compare student and teacher on held-out prompts, decide the gate, write the report."""
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Only score ready-made pictures, DIR/<style>/<index>.jpg."
+)
+def evaluate(settings: Settings, student: Path | None, images: Path | None) -> dict[str, Any]:
+    """Compare student and teacher on held-out prompts, decide the gate, write the report.
+
+    With --images nothing is drawn or decided: pictures that are there already, of all prompts of --prompts in the
+    HPS benchmark's layout, are scored by style and overall.
+    """
+    if images:
+        from teefusion.ready_pictures import score_pictures, table
+
+        scored = score_pictures(settings, images)
+        return scored | {"_text": table(scored)}
     from teefusion.stages.evaluate import evaluate as stage
 
     prompts = _prompts(settings)
     result = stage(settings, prompts, student or _student(settings, prompts))
     return _shown(result) | {"report": str(Path(result.output) / "report.html")}
+
+
+@_command("prompts", *_EVALUATE, "tracking-uri", "device")
+@click.argument("models", nargs=-1, required=True)
+def compare(settings: Settings, models: tuple[str, ...]) -> dict[str, Any]:
+    """Compare any two or more MODELS on held-out prompts: the evaluation's report, and no verdict.
+
+    Each is a student folder, a teacher (preset, diffusers folder or hub id), or a registered version:
+    models:/NAME/VERSION or models:/NAME@ALIAS. The first is what the others are held against.
+    """
+    from teefusion.compare import compare as run_comparison
+    from teefusion.compare import table
+
+    result = run_comparison(settings, models)
+    return result | {"_text": table(result)}
 
 
 @_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")

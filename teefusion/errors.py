@@ -87,5 +87,9 @@ class RegistryError(TeEFusionError):
     """A version is not there, is not to be trusted, or somebody else moved an alias at the same time."""
 
 
+class NoVersionError(RegistryError):
+    """There is no such model, version or alias in the registry."""
+
+
 class PipelineError(TeEFusionError):
     """A stage of the pipeline failed."""

@@ -1,4 +1,4 @@
-"""The number that the HPS v2 benchmark reports: a style's mean and deviation over groups of 80 prompts. Pure.
+"""Means of scores: by style, and as the HPS v2 benchmark reports them, over groups of 80 prompts. Pure.
 
 Published with HPS v2 (arXiv 2306.09341; tgxs002/HPSv2): four styles of 800 prompts, ten groups each; a style's number
 is the mean of its groups' means, with the standard deviation between them; the average is the mean over all prompts.
@@ -8,10 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 GROUP_SIZE = 80
+OVERALL = "overall"
+"""Stands beside the styles, for all prompts together."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over prompts."""
+
+    mean: float
+    standard_error: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of at least one value; the error of a single one is 0."""
+        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        return cls(fmean(values), error, len(values))
+
+
+def by_style(values: Sequence[float], styles: Sequence[str]) -> dict[str, list[float]]:
+    """Values of each style, in the order they stand in."""
+    names = sorted(set(styles))
+    return {name: [value for value, style in zip(values, styles, strict=True) if style == name] for name in names}
+
+
+def style_means(values: Sequence[float], styles: Sequence[str]) -> dict[str, Mean]:
+    """``overall``, then each style."""
+    return {name: Mean.of(group) for name, group in ({OVERALL: list(values)} | by_style(values, styles)).items()}
 
 
 @dataclass(frozen=True)

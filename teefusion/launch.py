@@ -68,7 +68,7 @@ def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
         )
 
 
-def run_scoring(settings: Settings, *, prompts: Path, student: Path, output: Path) -> None:
+def run_scoring(settings: Settings, *, prompts: Path, student: Path, champion: Path | None, output: Path) -> None:
     """Have several processes score an evaluation's pictures; with one there is nothing to do before the stage itself.
 
     Raises TeEFusionError naming torchrun's exit code.
@@ -76,6 +76,8 @@ def run_scoring(settings: Settings, *, prompts: Path, student: Path, output: Pat
     if settings.evaluate.num_processes == 1:
         return
     arguments = [f"--prompts={prompts}", f"--student={student}", f"--output={output}"]
+    if champion:
+        arguments.append(f"--champion={champion}")
     code = _torchrun(settings, settings.evaluate.num_processes, "teefusion.comparison", arguments)
     if code:
         raise TeEFusionError(

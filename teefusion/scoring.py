@@ -63,6 +63,14 @@ class Scorer(Protocol):
         """One finite score a pair. Raises ScorerError."""
         ...
 
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Directions [B, D] of pictures in the scorer's image space, of length 1, float32 on the CPU."""
+        ...
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which only a beginning is scored."""
+        ...
+
 
 class EmbeddingScorer:
     """A CLIP as scorer.
@@ -77,6 +85,7 @@ class EmbeddingScorer:
         self.truncated_prompts: set[str] = set()
         self._source, self._device, self._batch_size = source, device, batch_size
         self._measure = _MEASURES[source.kind]
+        self._clean = _cleaning(source.kind)[0]
         self._model = _load_model(source).to(device)
         self._tokenizer = _load_tokenizer(source, self._model)
         self._context = int(self._model.config.text_config.max_position_embeddings)
@@ -117,11 +126,31 @@ class EmbeddingScorer:
         return scores
 
     @torch.inference_mode()
-    def _score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Directions [B, D] of pictures in image space, of length 1. Raises ScorerError for what cannot be scored."""
+        parts = []
+        for start in range(0, len(images), self._batch_size):
+            with _full_precision(self._device):
+                image_BD = self._image_features(images[start : start + self._batch_size])
+                parts.append((image_BD / image_BD.norm(dim=-1, keepdim=True)).cpu())
+        return torch.cat(parts)
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that are longer than the text model's context."""
+        texts = [self._clean(prompt) for prompt in prompts]
+        ids = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        return [prompt for prompt, tokens in zip(prompts, ids, strict=True) if len(tokens) > self._context]
+
+    def _image_features(self, images: Sequence[Image.Image]) -> Tensor:
         pixels_BCHW = torch.stack([self._prepare(image) for image in images]).to(self._device)
+        features: Tensor = self._model.get_image_features(pixel_values=pixels_BCHW).pooler_output
+        return features
+
+    @torch.inference_mode()
+    def _score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         tokens = self._tokens(prompts)
         with _full_precision(self._device):
-            image_BD = self._model.get_image_features(pixel_values=pixels_BCHW).pooler_output
+            image_BD = self._image_features(images)
             text_BD = self._model.get_text_features(**tokens).pooler_output
             # Not F.cosine_similarity: it turns an all-zero embedding into a score of 0, which is no measurement.
             cosine_B = (image_BD * text_BD).sum(-1) / (image_BD.norm(dim=-1) * text_BD.norm(dim=-1))
@@ -129,12 +158,12 @@ class EmbeddingScorer:
         return [float(score) for score in score_B.cpu()]
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        texts = [_cleaning(self._source.kind)[0](prompt) for prompt in prompts]
+        texts = [self._clean(prompt) for prompt in prompts]
         tokens = self._tokenizer(
             texts, padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
-        lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
-        self._note_truncated([p for p, n in zip(prompts, lengths, strict=True) if n > self._context], len(prompts))
+        full = tokens["attention_mask"][:, -1].tolist()  # only these may have been cut
+        self._note_truncated(self.too_long([p for p, whole in zip(prompts, full, strict=True) if whole]), len(prompts))
         return {key: tokens[key].to(self._device) for key in ("input_ids", "attention_mask")}
 
     def _note_truncated(self, longer: Sequence[str], count: int) -> None:

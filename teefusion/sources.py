@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from teefusion import shapes
-from teefusion.errors import TeacherError
+from teefusion.errors import SettingsError, TeacherError
 from teefusion.files import sha256_file, sha256_folder
 from teefusion.prompt_files import source_digest
+from teefusion.scorer_names import BUNDLED
 from teefusion.settings import Settings, TeacherSettings, WeightsSource
 
 _BUNDLED_TEACHER = "bundled:shapes"
@@ -23,7 +24,30 @@ def bundled_path(uri: str) -> Path | None:
 
 def prompt_path(source: str) -> Path:
     """File or folder of a prompt source."""
-    return shapes.PROMPTS_FILE if source == "bundled:shapes" else Path(source)
+    return shapes.PROMPTS_FILE if source == BUNDLED else Path(source)
+
+
+def require_fitting_scorer(settings: Settings, of: TeacherSettings | None = None) -> None:
+    """Raises SettingsError where the bundled arbiter, which knows coloured shapes, would judge another teacher.
+
+    ``of`` is that teacher, where it is not the settings' own.
+    """
+    teacher = of or settings.teacher
+    if settings.evaluate.scorer == BUNDLED and teacher.uri != _BUNDLED_TEACHER:
+        raise SettingsError(
+            f"evaluate.scorer is {BUNDLED}, which can only judge the bundled teacher's coloured shapes; the teacher is "
+            f"{teacher.name}. Name a real scorer: --scorer hps:/models/HPS_v2.1_compressed.pt, "
+            "clip:openai/clip-vit-large-patch14, ... (docs/evaluation.md)."
+        )
+
+
+def require_fitting_prompts(settings: Settings) -> None:
+    """Raises SettingsError where the bundled captions of coloured shapes would be the prompts of another teacher."""
+    if settings.prompts.source == BUNDLED and settings.teacher.uri != _BUNDLED_TEACHER:
+        raise SettingsError(
+            f"prompts.source is {BUNDLED}, captions of coloured shapes, and the teacher is {settings.teacher.name}. "
+            "Give prompts that are like those the student will meet: --prompts FILE."
+        )
 
 
 def revision_of(source: TeacherSettings | WeightsSource) -> str:

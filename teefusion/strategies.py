@@ -221,6 +221,17 @@ def effective_velocity(grid: Grid, x_BCHW: Tensor, x_next_BCHW: Tensor, i: int) 
     return (x_next_BCHW.float() - x_BCHW.float()) / grid.width(i)
 
 
+def effective_guidance(settings: StrategySettings, s: float) -> float:
+    """The s at which plain CFG guides as much as the strategy at s: to first order a reflection's guidance is
+    ``normal + strong - weak``. What other weights add is not in it.
+    """
+    if settings.name == "euler_cfg":
+        return s
+    strong, weak, normal = settings.strong, settings.weak_leg, settings.normal or settings.strong
+    strong_s, weak_s, normal_s = (s if leg.guidance is None else leg.guidance for leg in (strong, weak, normal))
+    return normal_s + strong_s - weak_s
+
+
 def make_strategy(settings: StrategySettings) -> Strategy:
     """The strategy that the settings name."""
     if settings.name == "euler_cfg":

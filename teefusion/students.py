@@ -61,6 +61,15 @@ def save_student(student: Any, folder: Path) -> None:
         _check_copy(student, load_student(temporary))
 
 
+def is_student(folder: Path) -> bool:
+    """Whether a folder says that it is one; it may still be damaged."""
+    try:
+        config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ("fusion" in config or is_published(folder, config))
+
+
 def load_student(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A student pipeline from a folder. Raises StudentError for a folder that is none."""
     folder = Path(folder)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teefusion.errors import RegistryError, TrackingError
+from teefusion.errors import NoVersionError, TrackingError
 from teefusion.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,11 +59,17 @@ def connect(settings: Settings) -> MlflowClient:
     return client
 
 
+def has_registry(settings: Settings) -> bool:
+    """Whether there is one to ask: looking into a local one that nobody wrote to yet would make it."""
+    uri = tracking_uri(settings)
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 @contextlib.contextmanager
 def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None) -> Iterator[None]:
     """What MLflow raises within, as TrackingError saying which setting to look at ("MLflow at URI cannot ACTION").
 
-    Where it says that something does not exist, RegistryError with the words ``missing``, if there are any.
+    Where it says that something does not exist, NoVersionError with the words ``missing``, if there are any.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError  # MLflow's store lets them through
@@ -80,7 +86,7 @@ def mlflow_errors(settings: Settings, action: str, *, missing: str | None = None
     except (MlflowException, OSError, ValueError) as error:
         # An alias or version that is not there, in the words of one store or of the other.
         if missing and getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise RegistryError(f"{missing} (in MLflow at {uri}). 'teefusion models' lists what there is.") from error
+            raise NoVersionError(f"{missing} (in MLflow at {uri}). 'teefusion models' lists what there is.") from error
         raise TrackingError(f"MLflow at {uri} cannot {action}: {_advice(error, settings)}") from error
 
 

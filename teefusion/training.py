@@ -308,6 +308,7 @@ class _Run:
             "guidance_residual": meter.overall,
             "residual_by_guidance": meter.by_guidance(),
             "residual_by_sigma": meter.by_sigma(),
+            "residual_by_sigma_and_guidance": meter.by_sigma_and_guidance(),
             "residual_curve": position.curve,
             "loss_curve": position.losses,
             "steps": position.step,

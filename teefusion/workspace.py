@@ -6,6 +6,8 @@
 <workdir>/models/DIGEST/      students of the registry that lie elsewhere
 <workdir>/students/KEY/       checkpoints, the student folder, training.json
 <workdir>/evaluations/KEY/    pictures, scores, verdict, report.html
+<workdir>/comparisons/KEY/    the same of 'teefusion compare', without a verdict
+<workdir>/versions/DIGEST/    students fetched from a registry
 <workdir>/runs/RUN_KEY/       settings, one record a stage, summary
 <workdir>/report.html, summary.json   of the last run
 """
@@ -61,7 +63,7 @@ class Workspace:
         """This run's records."""
         return self.root / "runs" / self.settings.run_key
 
-    def folder(self, kind: Literal["prompts", "students", "evaluations"], key: str) -> Path:
+    def folder(self, kind: Literal["prompts", "students", "evaluations", "comparisons", "versions"], key: str) -> Path:
         """Folder of one content-addressed thing."""
         return self.root / kind / key
 

@@ -237,6 +237,9 @@ def tiny_overrides(workdir: Path, teacher: Path, scorer: Path, prompts: Path) ->
         "evaluate.batch_size": 4,
         "evaluate.sweep": [1.0, 4.0],
         "evaluate.sweep_prompts": 2,
+        "evaluate.diversity_prompts": 2,
+        "evaluate.diversity_seeds": 2,
+        "evaluate.picture_prompts": 2,
         "gate.min_prompts": 2,
         "gate.resamples": 1000,
     }

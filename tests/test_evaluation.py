@@ -16,8 +16,9 @@ from PIL import Image
 
 from teefusion import comparison, launch
 from teefusion.errors import IntegrityError, TeEFusionError
-from teefusion.evaluation import Sampler, score_rows
+from teefusion.evaluation import score_rows
 from teefusion.prompts import Prompt
+from teefusion.samplers import Sampler
 from teefusion.settings import EvaluateSettings
 from teefusion.stages.evaluate import evaluate, evaluation_folder
 from teefusion.stages.ingest import ingest

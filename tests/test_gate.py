@@ -38,6 +38,10 @@ def evidence(
         student_scores=tuple(student),
         nfe_teacher=56.0,
         nfe_student=28.0,
+        seconds_teacher=0.5,
+        seconds_student=0.25,
+        diversity_teacher=0.4,
+        diversity_student=0.4,
         guidance_residual=0.25,
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
@@ -57,7 +61,8 @@ def test_a_student_equal_to_its_teacher_passes_and_says_why() -> None:
         "Overall the student scores 20 and its teacher 20 on the same 8 prompts: a difference of +0, 95 % interval "
         "+0 to +0; a lower bound of -0.25 is allowed.",
         "No style falls behind: the closest to its limit is anime, with a lower bound of +0 where -1 is allowed.",
-        "It needs 28 forwards a picture where its teacher needs 56.",
+        "It needs 28 forwards a picture where its teacher needs 56, and is 2 times as fast.",
+        "Its pictures of a prompt differ 1 times as much as its teacher's; at least 0.8 is asked for.",
         "It learned to follow the guidance scale: its guidance residual is 0.25 (1 is none learned, 0 is perfect), "
         "at most 1 is allowed.",
     )
@@ -66,7 +71,7 @@ def test_a_student_equal_to_its_teacher_passes_and_says_why() -> None:
 def test_intervals_give_means_difference_bounds_and_margin_in_points() -> None:
     verdict = decide(evidence(student=[20.0] * 4 + [19.5] * 4), RULES)
     photo, overall = verdict.intervals["photo"], verdict.intervals[OVERALL]
-    assert (photo.n, photo.teacher_mean, photo.student_mean, photo.difference) == (4, 20.0, 19.5, -0.5)
+    assert (photo.n, photo.reference_mean, photo.student_mean, photo.difference) == (4, 20.0, 19.5, -0.5)
     assert (photo.low, photo.high, photo.margin) == (-0.5, -0.5, 1.0)
     assert (overall.n, overall.difference, overall.margin) == (8, -0.25, 0.25)
     assert list(verdict.intervals) == [OVERALL, "anime", "photo"]
@@ -207,7 +212,76 @@ def test_a_score_that_is_no_number_never_passes(row: str, value: float) -> None:
     json.dumps(verdict.to_dict(), allow_nan=False)
 
 
-# Forwards and guidance
+def test_few_prompts_of_a_student_that_may_be_good_are_not_enough_evidence() -> None:
+    # Differences of -4 and +4 in turn: the mean is 0, and eight prompts cannot tell 0 from the margins of 0.25 and 1.
+    verdict = decide(evidence(student=[16.0, 24.0] * 4), RULES)
+    assert verdict.outcome == "not enough evidence"
+    assert not verdict.passed
+    assert all("not enough evidence" in reason for reason in verdict.reasons)
+    # Its half width is 3.25 over 9 values; (3.25 / 0.25)^2 times 8 prompts.
+    overall = verdict.intervals[OVERALL]
+    needed = math.ceil(8 * ((overall.difference - overall.low) / 0.25) ** 2)
+    assert f"About {needed:,} prompts would tell." in verdict.reasons[0]
+
+
+def test_what_is_surely_worse_or_otherwise_refused_has_failed_however_few_prompts() -> None:
+    assert decide(evidence(student=[10.0] * 8), RULES).outcome == "failed"
+    unsure = evidence(student=[16.0, 24.0] * 4, nfe_student=56.0)
+    assert decide(unsure, RULES).outcome == "failed"
+    assert decide(evidence(), RULES.model_copy(update={"min_prompts": 5})).outcome == "not enough evidence"
+
+
+def test_a_precise_interval_beyond_the_margin_has_failed() -> None:
+    # 400 prompts, -0.5 and +0.25 in turn: the mean is -0.125, the half width 0.04, and 0.125 is allowed.
+    rules = RULES.model_copy(update={"margin": 0.00625})
+    verdict = decide(evidence([20.0] * 400, [19.5, 20.25] * 200), rules)
+    assert verdict.intervals[OVERALL].precise
+    assert verdict.outcome == "failed"
+
+
+# The champion
+
+
+def with_champion(champion: Sequence[float], **changes: object) -> Evidence:
+    base = evidence(**changes)  # type: ignore[arg-type]
+    return dataclasses.replace(base, champion_prompts=base.teacher_prompts, champion_scores=tuple(champion))
+
+
+def test_a_student_as_good_as_the_champion_passes_and_says_so() -> None:
+    verdict = decide(with_champion([20.125] * 8), RULES)
+    assert verdict.passed
+    assert verdict.champion_intervals[OVERALL].difference == -0.125
+    assert verdict.champion_intervals[OVERALL].margin == pytest.approx(0.0125 * 20.125)
+    assert verdict.reasons[-1].startswith("It is not below the champion, which scores 20.12: the difference is -0.125")
+
+
+def test_a_student_below_the_champion_fails_by_the_same_rule() -> None:
+    verdict = decide(with_champion([20.0] * 4 + [24.0] * 4), RULES)
+    assert rejected(verdict, "Style photo: the student may score 4 below the champion")
+    assert rejected(verdict, "Overall: ")
+    assert not any("its teacher" in reason for reason in verdict.reasons)
+    assert verdict.intervals[OVERALL].passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"champion_scores": (20.0,) * 7}, "8 teacher prompts, but 7 champion scores"),
+        ({"champion_scores": None}, "but 0 champion scores"),
+        ({"champion_prompts": None}, "but 0 champion prompts"),
+        ({"champion_scores": (math.nan, *[20.0] * 7)}, "1 of 8 champion scores are no usable numbers"),
+        ({"champion_prompts": tuple("abcdefgh")}, "Teacher and champion were scored on different prompts: 8 only"),
+    ],
+)
+def test_a_champion_that_was_not_measured_on_the_same_prompts_never_passes(
+    changes: dict[str, object], message: str
+) -> None:
+    verdict = decide(dataclasses.replace(with_champion([20.0] * 8), **changes), RULES)  # type: ignore[arg-type]
+    assert rejected(verdict, message)
+    assert verdict.outcome == "failed"
+
+
+# Forwards, seconds, diversity and guidance
 
 
 @pytest.mark.parametrize(("student", "passes"), [(28.0, True), (28.5, False)])
@@ -221,6 +295,34 @@ def test_exactly_half_the_forwards_pass_and_more_do_not(student: float, passes: 
 @pytest.mark.parametrize("row", ["nfe_teacher", "nfe_student"])
 def test_forwards_that_were_not_measured_never_pass(row: str, value: float) -> None:
     assert rejected(decide(evidence(**{row: value}), RULES), "Forwards a picture were not measured")
+
+
+@pytest.mark.parametrize(("student", "passes"), [(0.25, True), (0.26, False)])
+def test_the_speed_asked_for_is_reached_or_not(student: float, passes: bool) -> None:
+    verdict = decide(evidence(seconds_student=student), RULES.model_copy(update={"min_speedup": 2.0}))
+    assert verdict.passed is passes
+    assert rejected(verdict, "takes 0.26 s a picture and its teacher 0.5 s: that is 1.92 times as fast") is not passes
+
+
+@pytest.mark.parametrize("row", ["seconds_teacher", "seconds_student"])
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_seconds_that_were_not_measured_never_pass(row: str, value: float) -> None:
+    assert rejected(decide(evidence(**{row: value}), RULES), "Seconds a picture were not measured")
+
+
+@pytest.mark.parametrize(("student", "passes"), [(0.2, True), (0.1875, False)])
+def test_diversity_may_fall_to_its_share_of_the_teachers(student: float, passes: bool) -> None:
+    rules = RULES.model_copy(update={"min_diversity": 0.5})
+    verdict = decide(evidence(diversity_student=student), rules)
+    assert verdict.passed is passes
+    assert rejected(verdict, "their distance is 0.188, the teacher's 0.4, that is 0.469 of it") is not passes
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1])
+@pytest.mark.parametrize("row", ["diversity_teacher", "diversity_student"])
+def test_diversity_that_was_not_measured_passes_only_where_none_is_asked_for(row: str, value: float) -> None:
+    assert rejected(decide(evidence(**{row: value}), RULES), "Diversity was not measured")
+    assert decide(evidence(**{row: value}), RULES.model_copy(update={"min_diversity": 0.0})).passed
 
 
 @pytest.mark.parametrize(("residual", "passes"), [(0.5, True), (0.5625, False)])
@@ -245,11 +347,13 @@ def test_all_failures_are_named_at_once() -> None:
 def test_a_verdict_becomes_json() -> None:
     value = json.loads(json.dumps(decide(evidence(), RULES).to_dict(), allow_nan=False))
     assert value["passed"] is True
-    assert len(value["reasons"]) == 4
+    assert value["outcome"] == "passed"
+    assert len(value["reasons"]) == 5
+    assert value["champion_intervals"] == {}
     assert value["confidence"] == 0.95
     assert value["intervals"][OVERALL] == {
         "n": 8,
-        "teacher_mean": 20.0,
+        "reference_mean": 20.0,
         "student_mean": 20.0,
         "difference": 0.0,
         "low": 0.0,
@@ -265,7 +369,11 @@ def test_a_verdict_becomes_json() -> None:
 def comparisons(draw: st.DrawFn) -> Evidence:
     count = draw(st.integers(8, 24))
     row = st.lists(scores, min_size=count, max_size=count)
-    return evidence(draw(row), draw(row))
+    compared = evidence(draw(row), draw(row))
+    if draw(st.booleans()):
+        champion = {"champion_prompts": compared.teacher_prompts, "champion_scores": tuple(draw(row))}
+        compared = dataclasses.replace(compared, **champion)  # type: ignore[arg-type]
+    return compared
 
 
 @given(comparisons(), st.integers(0, 23), st.floats(0, 50))
@@ -276,7 +384,9 @@ def test_a_higher_student_score_never_lowers_a_bound_or_the_verdict(
     higher = list(compared.student_scores)
     higher[position % len(higher)] += rise
     before, after = decide(compared, RULES), decide(dataclasses.replace(compared, student_scores=higher), RULES)
-    assert all(after.intervals[name].low >= interval.low for name, interval in before.intervals.items())
+    for kind in ("intervals", "champion_intervals"):
+        found = getattr(after, kind)
+        assert all(found[name].low >= interval.low for name, interval in getattr(before, kind).items())
     assert after.passed >= before.passed
 
 
@@ -285,7 +395,8 @@ def test_a_higher_student_score_never_lowers_a_bound_or_the_verdict(
 def test_the_order_of_prompts_does_not_matter(compared: Evidence, random: object) -> None:
     order = list(range(len(compared.styles)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    rows = ("styles", "teacher_prompts", "student_prompts", "teacher_scores", "student_scores")
+    rows = ["styles", "teacher_prompts", "student_prompts", "teacher_scores", "student_scores"]
+    rows += ["champion_prompts", "champion_scores"] if compared.champion_prompts else []
     shuffled = {row: tuple(getattr(compared, row)[k] for k in order) for row in rows}
     assert decide(dataclasses.replace(compared, **shuffled), RULES) == decide(compared, RULES)  # type: ignore[arg-type]
 
@@ -305,7 +416,8 @@ def test_nan_anywhere_never_passes(compared: Evidence, row: str, position: int) 
 def test_other_prompts_never_pass(compared: Evidence, position: int, other: str) -> None:
     prompts = list(compared.teacher_prompts)
     prompts[position % len(prompts)] = other
-    good = {"teacher_scores": [1.0] * len(prompts), "student_scores": [1e4] * len(prompts)}
+    good: dict[str, object] = {"teacher_scores": [1.0] * len(prompts), "student_scores": [1e4] * len(prompts)}
+    good |= {"champion_prompts": None, "champion_scores": None}
     assert decide(dataclasses.replace(compared, **good), RULES).passed  # type: ignore[arg-type]
     assert not decide(dataclasses.replace(compared, student_prompts=prompts, **good), RULES).passed  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ Make = Callable[..., Settings]
 
 def evaluation(folder: Path, *, passed: bool) -> Path:
     scores = {"overall": {"mean": 31.25, "standard_error": 0.1, "n": 8}}
-    interval = {"n": 8, "teacher_mean": 31.0, "student_mean": 31.25, "difference": 0.25, "low": -0.125, "high": 0.5}
+    interval = {"n": 8, "reference_mean": 31.0, "student_mean": 31.25, "difference": 0.25, "low": -0.125, "high": 0.5}
     gate = {"passed": passed, "reasons": ["the student is below its teacher"], "confidence": 0.95}
     result = {
         "gate": gate | {"intervals": {"overall": interval}},

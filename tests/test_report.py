@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import math
 import re
@@ -15,15 +16,30 @@ import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from teefusion.gate import OVERALL, Interval, Verdict
-from teefusion.group_means import benchmark_score
-from teefusion.report import PictureSet, ReportData, ResidualBucket, Score, StageTime, Timing, render_report
+from teefusion.gate import Verdict
+from teefusion.group_means import OVERALL, BenchmarkScore, Mean, benchmark_score
+from teefusion.intervals import Interval
+from teefusion.report import (
+    ControlPoint,
+    Pairing,
+    PictureSet,
+    ReportData,
+    ResidualBucket,
+    Row,
+    SigmaBucket,
+    StageTime,
+    SweptPictures,
+    Timing,
+    render_report,
+)
+from teefusion.report.pictures import data_uris
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 def png(color: str, side: int = 8) -> bytes:
@@ -36,42 +52,79 @@ def interval(difference: float, low: float, high: float, margin: float) -> Inter
     return Interval(40, 20.0, 20.0 + difference, difference, low, high, margin)
 
 
+INTERVALS = {
+    OVERALL: interval(-0.1, -0.19, 0.02, 0.2),
+    "anime": interval(-0.25, -0.3, 0.14, 0.6),
+    "photo": interval(0.05, -0.2, 0.31, 0.6),
+}
+
+
+def scores(mean: float) -> dict[str, Mean]:
+    return {style: Mean(mean, 0.25, 80 if style == OVERALL else 40) for style in (OVERALL, "anime", "photo")}
+
+
+ROWS = {
+    "unguided": Row("Unguided", "unguided", scores(15.0), nfe=20.0),
+    "teacher": Row(
+        "Teacher",
+        "teacher",
+        scores(20.0),
+        guidance_scale=4.0,
+        nfe=40.0,
+        seconds=Timing(0.24, 0.23, 0.27),
+        diversity=Mean(0.5, 0.01, 16),
+    ),
+    "student": Row(
+        "Student",
+        "student",
+        scores(19.9),
+        guidance_scale=4.0,
+        nfe=20.0,
+        seconds=Timing(0.125),
+        peak_bytes=3 << 29,
+        diversity=Mean(0.45, 0.02, 16),
+    ),
+}
+
+
+def rows(**changes: object) -> dict[str, Row]:
+    """All of them, changed alike."""
+    return {name: dataclasses.replace(row, **changes) for name, row in ROWS.items()}  # type: ignore[arg-type]
+
+
 def report_data(**changes: object) -> ReportData:
     """A student that passed, in two styles, with everything a report can show."""
-    by_row = {"unguided": 15.0, "teacher": 20.0, "student": 19.9}
     base = ReportData(
-        run_key="0123456789abcdef",
+        key="0123456789abcdef",
         teacher="shapes",
-        strategy="euler_cfg",
-        num_steps=20,
-        guidance_scale=4.0,
+        about="The teacher shapes samples with euler_cfg.",
         scorer="bundled:shapes",
-        verdict=Verdict(
-            passed=True,
-            reasons=("Overall it holds.", "No style falls behind."),
-            intervals={
-                OVERALL: interval(-0.1, -0.19, 0.02, 0.2),
-                "anime": interval(-0.25, -0.3, 0.14, 0.6),
-                "photo": interval(0.05, -0.2, 0.31, 0.6),
-            },
-        ),
-        scores={
-            row: {style: Score(mean, 0.25, 80 if style == OVERALL else 40) for style in (OVERALL, "anime", "photo")}
-            for row, mean in by_row.items()
-        },
-        nfe={"unguided": 20.0, "teacher": 40.0, "student": 20.0},
-        seconds_per_image={"teacher": Timing(0.24, 0.23, 0.27), "student": Timing(0.125)},
+        verdict=Verdict("passed", ("Overall it holds.", "No style falls behind."), INTERVALS),
+        rows=ROWS,
+        pairings=[Pairing("student minus teacher", INTERVALS)],
+        memory_kind="resident in the process",
         guidance_residual=0.117,
+        control={
+            row: [ControlPoint(s, Mean(18.0 + s, 0.1, 16), Mean(0.5, 0.02, 16)) for s in (1.0, 4.0)]
+            for row in ("teacher", "student")
+        },
+        residual_by_sigma=[SigmaBucket(0.5, 1, [ResidualBucket(1, 4, 0.375), ResidualBucket(4, 7, 0.25)])],
         residual_curve=[(0, 1.0), (100, 0.4), (200, 0.117)],
         residual_by_guidance=[ResidualBucket(1, 4, 0.2), ResidualBucket(4, 7, 0.1)],
         loss_curve=[(10, 0.5), (200, 0.02)],
         pictures=[
             PictureSet(
-                prompt="a red star",
-                style="anime",
-                unguided=png("black"),
-                teacher={1.0: png("black"), 4.0: png("red")},
-                student={1.0: png("navy"), 4.0: png("orange")},
+                "a red star", "anime", {"unguided": png("black"), "teacher": png("red"), "student": png("orange")}
+            )
+        ],
+        swept=[
+            SweptPictures(
+                "a red star",
+                "anime",
+                {
+                    "teacher": {1.0: png("black"), 4.0: png("red")},
+                    "student": {1.0: png("navy"), 4.0: png("orange")},
+                },
             )
         ],
         stages=[StageTime("targets", 75.0, True), StageTime("train", 3725.0)],
@@ -148,35 +201,71 @@ def test_every_tag_is_closed_and_every_id_is_unique(page: Page) -> None:
 def test_the_verdict_and_its_reasons_come_first(html: str, page: Page) -> None:
     assert page.texts["verdict"] == "✓ Passed: this student can stand in for its guided teacher"
     assert page.texts["reasons"] == "Overall it holds. No style falls behind."
-    order = [html.index(f'id="{name}"') for name in ("verdict", "numbers", "pictures", "training", "details")]
+    names = ("verdict", "numbers", "pictures", "guidance", "training", "details")
+    order = [html.index(f'id="{name}"') for name in names]
     assert order == sorted(order)
 
 
 def test_a_failed_verdict_says_so_in_words_and_is_no_pass() -> None:
-    failed = Verdict(False, ("Style photo: too low.",), {OVERALL: interval(-1, -1.5, -0.5, 0.2)})
-    html = render_report(report_data(verdict=failed))
+    failed = Verdict("failed", ("Style photo: too low.",), {OVERALL: interval(-1, -1.5, -0.5, 0.2)})
+    html = render_report(report_data(verdict=failed, pairings=[Pairing("student minus teacher", failed.intervals)]))
     page = Page(html)
     assert page.texts["verdict"] == "✗ Not passed: this student cannot stand in for its guided teacher"
     assert page.texts["reasons"] == "Style photo: too low."
     assert "Passed:" not in html
     assert "It is not registered." in words(html)
-    assert "✗ no" in page.texts["scores"]
-    assert "✓ yes" not in page.texts["scores"]
+    assert "✗ no" in page.texts["differences"]
+    assert "✓ yes" not in page.texts["differences"]
 
 
 def test_the_headline_numbers_are_worked_out_from_the_measurements(html: str) -> None:
     text = words(html)
     assert "40 → 20 Evaluations of the transformer, teacher → student: 50 % of the teacher's." in text
+    assert "Diversity 0.90× How much" in text  # 0.45 / 0.5
     assert "1.92× Teacher 0.240 s a picture (0.230 to 0.270). Student 0.125 s a picture." in text  # 0.24 / 0.125
     assert "Guidance adds 5.00 points to the teacher; the student keeps 98 % of that." in text  # 4.9 of 5
     assert "Guidance residual 0.117" in text
     assert "−0.10 95 % interval −0.19 to +0.02; down to −0.20 is allowed." in text
 
 
-def test_the_table_gives_scores_difference_interval_and_limit_by_style(page: Page) -> None:
-    anime = "anime 15.00 ± 0.25 20.00 ± 0.25 19.90 ± 0.25 −0.25 −0.30 to +0.14 −0.60 ✓ yes 40 photo"
-    assert anime in page.texts["scores"]
-    assert "overall 15.00" in page.texts["scores"]
+def test_too_few_prompts_are_told_from_a_bad_student() -> None:
+    page = Page(render_report(report_data(verdict=Verdict("not enough evidence", ("12 prompts.",), INTERVALS))))
+    assert page.texts["verdict"].startswith("? Not enough evidence: too few prompts to tell")
+    assert "Nothing here says that it is bad" in words(
+        render_report(report_data(verdict=Verdict("not enough evidence", ())))
+    )
+
+
+def test_a_comparison_that_decides_nothing_has_no_verdict_and_any_rows() -> None:
+    renamed = {
+        "A": dataclasses.replace(ROWS["teacher"], title="A"),
+        "B": dataclasses.replace(ROWS["student"], title="B"),
+    }
+    html = render_report(
+        ReportData(key="k", scorer="s", rows=renamed, pairings=[Pairing("B minus A", INTERVALS)], about="Two students.")
+    )
+    page = Page(html)
+    assert page.texts["verdict"] == "≈ Comparison"
+    assert "reasons" not in page.texts
+    assert "Style A B Prompts overall 20.00 ± 0.25 19.90 ± 0.25 80" in page.texts["scores"]
+    assert page.texts["differences"].startswith("B minus A, prompt by prompt.")
+    assert not page.mistakes
+
+
+def test_the_tables_give_scores_differences_and_costs(page: Page) -> None:
+    assert "anime 15.00 ± 0.25 20.00 ± 0.25 19.90 ± 0.25 40 photo" in page.texts["scores"]
+    assert "anime −0.25 −0.30 to +0.14 −0.60 ✓ yes 40 photo" in page.texts["differences"]
+    assert "Memory is the most resident in the process while the row drew" in page.texts["costs"]
+    assert "Teacher 4 40 0.240 0.230 to 0.270 0.500 ± 0.010" in page.texts["costs"]
+    assert "Student 4 20 0.125 1.50 GiB 0.450 ± 0.020" in page.texts["costs"]
+    assert "4 22.00 ± 0.10 0.500 ± 0.020 22.00 ± 0.10 0.500 ± 0.020 16" in page.texts["control"]
+
+
+def test_a_champion_has_differences_of_its_own() -> None:
+    both = [Pairing("student minus teacher", INTERVALS), Pairing("student minus champion", INTERVALS)]
+    page = Page(render_report(report_data(pairings=both)))
+    assert page.texts["differences1"].startswith("Student minus champion, prompt by prompt.")
+    assert {"chart-differences", "chart-differences1"} <= {a.get("id") for a in page.named("figure")}
 
 
 def test_the_benchmarks_number_is_shown_where_there_are_several_groups() -> None:
@@ -184,7 +273,11 @@ def test_the_benchmarks_number_is_shown_where_there_are_several_groups() -> None
     single = benchmark_score({"anime": [14.0] * 80})
     assert several is not None
     assert single is not None
-    shown = Page(render_report(report_data(benchmark={"teacher": several, "student": several})))
+
+    def with_benchmark(score: BenchmarkScore) -> dict[str, Row]:
+        return ROWS | {name: dataclasses.replace(ROWS[name], benchmark=score) for name in ("teacher", "student")}
+
+    shown = Page(render_report(report_data(rows=with_benchmark(several))))
     text = shown.texts["benchmark"]
     assert "means of groups of 80 prompts" in text
     assert "anime 15.00 ± 1.00 15.00 ± 1.00 2" in text
@@ -192,7 +285,7 @@ def test_the_benchmarks_number_is_shown_where_there_are_several_groups() -> None
     assert "average 16.67 16.67" in text
     assert not shown.unclosed
     assert not shown.mistakes
-    assert "benchmark" not in Page(render_report(report_data(benchmark={"teacher": single}))).texts
+    assert "benchmark" not in Page(render_report(report_data(rows=with_benchmark(single)))).texts
 
 
 def test_what_the_scorer_is_stands_in_the_details() -> None:
@@ -204,44 +297,66 @@ def test_what_the_scorer_is_stands_in_the_details() -> None:
 
 
 def test_what_guidance_adds_is_left_out_where_it_adds_nothing() -> None:
-    scores = {row: {OVERALL: Score(20.0, 0.25, 80)} for row in ("unguided", "teacher", "student")}
-    assert "Guidance adds" not in words(render_report(report_data(scores=scores)))
+    assert "Guidance adds" not in words(render_report(report_data(rows=rows(scores={OVERALL: Mean(20.0, 0.25, 80)}))))
 
 
-def test_pictures_stand_by_scale_and_say_what_they_are(page: Page) -> None:
-    pictures = page.named("img")
+def shown_pictures(page: Page) -> list[dict[str, str]]:
+    """Without the viewer's own."""
+    return [picture for picture in page.named("img") if "data-part" not in picture]
+
+
+def test_pictures_stand_in_a_row_and_by_scale_and_say_what_they_are(page: Page) -> None:
+    pictures = shown_pictures(page)
     assert [picture["alt"] for picture in pictures] == [
-        "a red star: teacher, guidance scale 1",
-        "a red star: teacher, guidance scale 4",
-        "a red star: student, guidance scale 1",
-        "a red star: student, guidance scale 4",
+        "a red star: Unguided",
+        "a red star: Teacher",
+        "a red star: Student",
+        "a red star: Teacher, s = 1",
+        "a red star: Teacher, s = 4",
+        "a red star: Student, s = 1",
+        "a red star: Student, s = 4",
     ]
-    colors = [png(color) for color in ("black", "red", "navy", "orange")]
+    colors = [png(color) for color in ("black", "red", "orange", "black", "red", "navy", "orange")]
     assert [base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")) for picture in pictures] == colors
 
 
-def test_an_unguided_teacher_that_differs_from_scale_1_has_its_own_column() -> None:
-    shown = dataclasses.replace(report_data().pictures[0], unguided=png("white"))
-    alts = [picture["alt"] for picture in Page(render_report(report_data(pictures=[shown]))).named("img")]
-    assert alts[0] == "a red star: teacher without guidance"
-    assert len(alts) == 5
+def test_every_picture_opens_by_a_button_that_says_so(page: Page) -> None:
+    labels = [button.get("aria-label") for button in page.named("button") if "data-name" in button]
+    assert len(labels) == 7
+    assert labels[2] == "Open: a red star, Student"
 
 
 def test_a_scale_that_one_row_lacks_leaves_its_place_empty() -> None:
-    shown = dataclasses.replace(report_data().pictures[0], teacher={4.0: png("red")}, unguided=None)
-    page = Page(render_report(report_data(pictures=[shown])))
-    assert [picture["alt"] for picture in page.named("img")] == [
-        "a red star: teacher, guidance scale 4",
-        "a red star: student, guidance scale 1",
-        "a red star: student, guidance scale 4",
+    swept = dataclasses.replace(
+        report_data().swept[0], pictures={"teacher": {4.0: png("red")}, "student": {1.0: png("navy")}}
+    )
+    page = Page(render_report(report_data(swept=[swept], pictures=())))
+    assert [picture["alt"] for picture in shown_pictures(page)] == [
+        "a red star: Teacher, s = 4",
+        "a red star: Student, s = 1",
     ]
 
 
-def test_a_large_picture_is_shown_smaller() -> None:
-    shown = dataclasses.replace(report_data().pictures[0], student={4.0: png("red", side=1024)})
-    source = Page(render_report(report_data(pictures=[shown]))).named("img")[-1]["src"]
-    with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,")))) as image:
-        assert image.size == (512, 512)
+def noise(side: int, seed: int) -> bytes:
+    """A picture that hardly compresses."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_small_pictures_stay_as_they_are_and_many_large_ones_shrink_into_the_budget() -> None:
+    few = [noise(64, seed) for seed in range(8)]
+    assert [base64.b64decode(uri.partition(",")[2]) for uri in data_uris(few).values()] == few
+    many = [noise(400, seed) for seed in range(2)]  # 960 kB as they are
+    uris = data_uris(many, budget=100_000).values()
+    encoded = [base64.b64decode(uri.removeprefix("data:image/webp;base64,")) for uri in uris]
+    assert sum(map(len, encoded)) <= 100_000
+    sides = set()
+    for data in encoded:
+        with Image.open(io.BytesIO(data)) as image:
+            sides.add(image.size)
+    assert len(sides) == 1  # all alike, so that rows compare
 
 
 def test_details_hold_stages_settings_digests_and_versions(html: str, page: Page) -> None:
@@ -257,12 +372,12 @@ def test_details_hold_stages_settings_digests_and_versions(html: str, page: Page
 
 def test_charts_are_named_inline_and_take_their_colours_from_the_page(html: str, page: Page) -> None:
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 5
+    assert len(charts) == 9
     assert all('role="img" aria-label="' in chart for chart in charts)
     labels = [attributes["aria-label"] for attributes in page.named("svg")]
     assert "Guidance residual, 1 at step 0, 0.117 at step 200." in labels
     assert "Guidance residual by scale; at most 0.2, from s = 1 to 4." in labels
-    assert all(not re.search(r"#0000\d\d", chart) for chart in charts)
+    assert all(not re.search(r"#0000[0-9a-f]{2}", chart) for chart in charts)
     used = set(re.findall(r"var\(--(\w+)\)", "".join(charts)))
     assert {"ink", "muted", "line", "unguided", "teacher", "student", "good", "bad"} <= used
     for scheme in html.split("prefers-color-scheme: dark")[:2]:
@@ -271,8 +386,8 @@ def test_charts_are_named_inline_and_take_their_colours_from_the_page(html: str,
 
 def test_a_style_beyond_its_margin_is_drawn_as_bad() -> None:
     def colors(margin: float) -> str:
-        verdict = Verdict(margin > 1, ("reason",), {OVERALL: interval(-0.5, -1, 0, margin)})
-        drawn = render_report(report_data(verdict=verdict))
+        pairing = Pairing("student minus teacher", {OVERALL: interval(-0.5, -1, 0, margin)})
+        drawn = render_report(report_data(pairings=[pairing]))
         return drawn.split('id="chart-differences"')[1].split("</figure>")[0]
 
     assert "var(--good)" in colors(2)
@@ -287,14 +402,19 @@ def test_a_style_beyond_its_margin_is_drawn_as_bad() -> None:
         ({"residual_by_guidance": ()}, "buckets"),
         ({"residual_by_guidance": [ResidualBucket(1, 7, math.nan)]}, "buckets"),
         ({"loss_curve": ()}, "loss"),
-        ({"verdict": Verdict(False, ("nothing",))}, "differences"),
-        ({"scores": {}}, "scores"),
+        ({"residual_by_sigma": [SigmaBucket(0, 1, ())]}, "heat"),
+        ({"pairings": [Pairing("student minus teacher", {})]}, "differences"),
+        ({"rows": rows(scores={}), "control": {}}, "scores"),
+        ({"rows": rows(seconds=None)}, "seconds"),
+        ({"control": {}}, "control-score"),
     ],
 )
 def test_a_chart_without_data_is_left_out(changes: dict[str, object], chart: str) -> None:
     figures = {attributes.get("id") for attributes in Page(render_report(report_data(**changes))).named("figure")}
     assert f"chart-{chart}" not in figures
-    assert len(figures & {f"chart-{name}" for name in ("scores", "differences", "residual", "buckets", "loss")}) == 4
+    assert {f"chart-{name}" for name in ("differences", "residual", "buckets", "heat", "loss")} - figures <= {
+        f"chart-{chart}"
+    }
 
 
 def test_the_same_data_gives_the_same_bytes(html: str) -> None:
@@ -306,24 +426,27 @@ def test_the_same_data_gives_the_same_bytes(html: str) -> None:
 
 def test_markup_in_prompts_and_names_is_shown_not_obeyed() -> None:
     evil = '<script>alert(1)</script>"><img src=http://example.com/x>'
-    shown = dataclasses.replace(report_data().pictures[0], prompt=evil, style=evil)
-    verdict = Verdict(True, (evil,), {OVERALL: interval(0, 0, 0, 1), "$x^<b>&$": interval(0, 0, 0, 1)})
-    scores = {"student": {"$x^<b>&$": Score(20.0, 0.1, 40)}}
-    names = ("teacher", "run_key", "scorer", "strategy", "model_name", "created")
+    shown = PictureSet(evil, evil, {"student": png("red")})
+    intervals = {OVERALL: interval(0, 0, 0, 1), "$x^<b>&$": interval(0, 0, 0, 1)}
+    styled = {"student": Row(evil, "student", {"$x^<b>&$": Mean(20.0, 0.1, 40)})}
+    names = ("teacher", "key", "scorer", "about", "model_name", "created")
     html = render_report(
         report_data(
             pictures=[shown],
-            verdict=verdict,
-            scores=scores,
+            swept=(),
+            control={},
+            verdict=Verdict("passed", (evil,), intervals),
+            pairings=[Pairing(evil, intervals)],
+            rows=styled,
             settings={evil: evil},
             stages=[StageTime(evil, 1.0)],
             **dict.fromkeys(names, evil),
         )
     )
     page = Page(html)
-    assert page.named("script") == []
+    assert len(page.named("script")) == 1  # its own
     assert page.named("b") == []
-    assert len(page.named("img")) == 4
+    assert len(shown_pictures(page)) == 1
     assert page.mistakes == []
     assert "<script>alert(1)</script>" in page.texts["reasons"]  # as text
     assert html.count("$x^&lt;b&gt;&amp;$</text>") == 2  # in both charts, and no mathematics
@@ -336,7 +459,9 @@ def test_it_refers_to_nothing_outside_itself(page: Page, html: str) -> None:
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*['\"]?([^)'\"]*)", html))
     policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_it_is_small_beside_its_pictures(html: str) -> None:
@@ -344,28 +469,17 @@ def test_it_is_small_beside_its_pictures(html: str) -> None:
 
 
 def test_a_report_of_a_student_that_could_not_be_measured_still_reads() -> None:
-    bare = ReportData(
-        run_key="k",
-        teacher="shapes",
-        strategy="euler_cfg",
-        num_steps=4,
-        guidance_scale=4.0,
-        scorer="none",
-        verdict=Verdict(False, ("Nothing was measured.",)),
-        scores={},
-        nfe={},
-        seconds_per_image={},
-        guidance_residual=math.nan,
-    )
+    verdict = Verdict("failed", ("Nothing was measured.",))
+    bare = ReportData(key="k", teacher="shapes", scorer="none", verdict=verdict, rows={}, guidance_residual=math.nan)
     html = render_report(bare)
     assert Page(html).texts["reasons"] == "Nothing was measured."
-    assert words(html).count("not measured") == 4
+    assert words(html).count("not measured") == 5
     assert "nan" not in words(html)
 
 
 @pytest.mark.parametrize(("mean", "shown"), [(31.23456, "31.23"), (2.34567, "2.346"), (0.61234, "0.6123")])
 def test_scores_have_as_many_decimals_as_their_size_asks_for(mean: float, shown: str) -> None:
-    html = render_report(report_data(scores={"student": {OVERALL: Score(mean, 0.1, 40)}}))
+    html = render_report(report_data(rows=rows(scores={OVERALL: Mean(mean, 0.1, 40)}), control={}))
     assert f"overall {shown} ±" in words(html)
 
 
@@ -431,8 +545,8 @@ def test_a_browser_shows_the_report_and_asks_the_network_for_nothing(html: str, 
     dom, requested = browse(html, tmp_path)
     page = Page(dom)
     assert page.texts["verdict"] == "✓ Passed: this student can stand in for its guided teacher"
-    assert len(page.named("img")) == 4
-    assert len(page.named("svg")) == 5
+    assert len(shown_pictures(page)) == 7
+    assert len(page.named("svg")) == 9
     assert requested == []
 
 

@@ -14,6 +14,6 @@ listing.py        all of this, shown
 from __future__ import annotations
 
 from teefusion.registry.registration import register
-from teefusion.registry.trust import TrustedModel, resolve, version_of
+from teefusion.registry.trust import SCHEME, TrustedModel, find_champion, resolve, version_of
 
-__all__ = ["TrustedModel", "register", "resolve", "version_of"]
+__all__ = ["SCHEME", "TrustedModel", "find_champion", "register", "resolve", "version_of"]

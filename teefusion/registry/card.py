@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from teefusion.gate import OVERALL
+from teefusion.group_means import OVERALL
 from teefusion.settings import Settings
 from teefusion.sources import bundled_path
 

@@ -97,7 +97,7 @@ def _fetched(settings: Settings, source: str) -> Iterator[Path]:
 
 def _download(settings: Settings, source: str, folder: Path) -> None:
     store = S3Store(source, settings.storage)
-    names = [PurePosixPath(name) for name in store.names()]
+    names = [PurePosixPath(name) for name in store.sizes()]
     if not names:
         raise RegistryError(f"There is nothing at {source}: was it deleted? Register the student again.")
     for name in names:

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from teefusion.errors import RegistryError
+from teefusion.errors import NoVersionError, RegistryError
 from teefusion.registry.sources import fetch_verified
 from teefusion.registry.versions import Version, require_digest, version_by_alias, version_by_number
 from teefusion.settings import Settings
-from teefusion.tracking import connect
+from teefusion.tracking import connect, has_registry
 
-_SCHEME = "models:/"
+SCHEME = "models:/"
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<number>[0-9]+))")
 # What diffusers needs of a hub repository; no pickles.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
@@ -35,7 +35,7 @@ def resolve(uri: str, settings: Settings) -> TrustedModel:
     taken whose gate passed or was overridden, whoever moved the alias. Raises RegistryError saying how to put it right,
     TrackingError, StorageError.
     """
-    if not uri.startswith(_SCHEME):
+    if not uri.startswith(SCHEME):
         return TrustedModel(_folder_or_hub(uri))
     version = _find(uri, settings)
     digest = require_digest(version)
@@ -43,12 +43,26 @@ def resolve(uri: str, settings: Settings) -> TrustedModel:
     return TrustedModel(folder, version.name, version.number, digest)
 
 
+def find_champion(settings: Settings) -> TrustedModel | None:
+    """The version of this model that has the alias ``evaluate.champion``; none where no alias, model or registry is.
+
+    Raises as ``resolve`` for a version that may not be trusted.
+    """
+    alias = settings.evaluate.champion
+    if not alias or not has_registry(settings):
+        return None
+    try:
+        return resolve(f"{SCHEME}{settings.model_name}@{alias}", settings)
+    except NoVersionError:
+        return None
+
+
 def version_of(uri: str, settings: Settings) -> str | None:
     """The version that a ``models:/`` URI means now, and none for a folder or hub id. Fetches and verifies nothing.
 
     For a follower to see that an alias moved. Raises as ``resolve`` does where the version may not be trusted.
     """
-    return _find(uri, settings).number if uri.startswith(_SCHEME) else None
+    return _find(uri, settings).number if uri.startswith(SCHEME) else None
 
 
 def _find(uri: str, settings: Settings) -> Version:

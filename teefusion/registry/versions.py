@@ -77,13 +77,13 @@ class Version:
 
 
 def version_by_alias(client: MlflowClient, settings: Settings, name: str, alias: str) -> Version:
-    """The version an alias names. Raises RegistryError where there is none, TrackingError."""
+    """The version an alias names. Raises NoVersionError where there is none, TrackingError."""
     with mlflow_errors(settings, f"look up {name}@{alias}", missing=f"{name} has no version with the alias {alias}"):
         return Version.of(client.get_model_version_by_alias(name, alias))
 
 
 def version_by_number(client: MlflowClient, settings: Settings, name: str, number: str) -> Version:
-    """A version. Raises RegistryError where there is none, TrackingError."""
+    """A version. Raises NoVersionError where there is none, TrackingError."""
     with mlflow_errors(settings, f"look up {name} version {number}", missing=f"{name} has no version {number}"):
         return Version.of(client.get_model_version(name, number))
 

@@ -37,9 +37,17 @@ class EvaluateSettings(Section):
     batch_size: int = Field(default=16, gt=0)
     """Pictures made together."""
     sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
-    """Guidance scales of the report's grid."""
-    sweep_prompts: int = Field(default=4, gt=0)
-    """Prompts in the report's grid."""
+    """Guidance scales at which teacher and student are compared beside ``guidance_scale``: score and saturation."""
+    sweep_prompts: int = Field(default=16, gt=0)
+    """Prompts drawn at each of them."""
+    diversity_prompts: int = Field(default=16, gt=0)
+    """Prompts whose pictures from several seeds are compared with each other."""
+    diversity_seeds: int = Field(default=4, ge=2)
+    """Pictures of each."""
+    picture_prompts: int = Field(default=12, gt=0, le=64)
+    """Prompts whose pictures stand in the report."""
+    champion: str | None = "champion"
+    """Alias of the registered version that the student is also held against; null compares with none."""
     seed: int = Field(default=1, ge=0)
     """Of the initial noise, one generator a prompt."""
     num_processes: int = Field(default=1, gt=0)
@@ -74,9 +82,14 @@ class GateSettings(Section):
     """Of the two-sided paired bootstrap interval."""
     resamples: int = Field(default=10_000, ge=1000)
     min_prompts: int = Field(default=20, gt=1)
-    """Fewer prompts in a style are no evidence."""
+    """Fewer prompts in a style are not enough evidence; nor are so few that the interval is wider than the margin."""
     max_nfe_ratio: float = Field(default=0.5, gt=0)
     """Student's forwards a picture over the teacher's, at most."""
+    min_speedup: float = Field(default=1.0, ge=0)
+    """Teacher's seconds a picture over the student's, at least; 0 asks for nothing. Seconds are of the machine that
+    evaluates, forwards are not."""
+    min_diversity: float = Field(default=0.8, ge=0)
+    """Student's diversity over the teacher's, at least (evaluate.diversity_prompts); 0 asks for nothing."""
     max_guidance_residual: float = Field(default=1.0, gt=0)
     """At most; 1 is a student that learned no guidance."""
     seed: int = Field(default=0, ge=0)

@@ -9,12 +9,13 @@ from teefusion.files import content_key
 from teefusion.prompt_files import read_prompts, source_digest
 from teefusion.prompts import build_prompt_set, load_prompt_set, write_prompt_set
 from teefusion.settings import Settings
-from teefusion.sources import prompt_path
+from teefusion.sources import prompt_path, require_fitting_prompts
 from teefusion.workspace import StageResult, Workspace
 
 
 def ingest(settings: Settings) -> StageResult:
-    """Make the prompt set of pinned settings. Raises PromptError, StorageError."""
+    """Make the prompt set of pinned settings. Raises PromptError, StorageError, SettingsError for a toy set."""
+    require_fitting_prompts(settings)
     workspace = Workspace(settings)
     output = workspace.folder("prompts", content_key(settings.prompts.content()))
 

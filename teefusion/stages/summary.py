@@ -69,7 +69,7 @@ def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str
         "scorer": evaluation.get("scorer"),
         "nfe": evaluation and {row: evaluation["nfe"][row] for row in compared},
         "seconds_per_image": evaluation and {row: evaluation["seconds_per_image"][row]["median"] for row in compared},
-        "gate": gate and {"passed": gate["passed"], "reasons": gate["reasons"]},
+        "gate": gate and {name: gate[name] for name in ("passed", "outcome", "reasons")},
         "model": {
             "name": settings.model_name,
             "version": registered.get("version"),
@@ -89,16 +89,13 @@ def summary_text(summary: dict[str, Any]) -> str:
     lines = [
         "",
         f"  {'score':<12}" + "".join(f"{name:>14}" for name in ("overall", *styles)),
-        *(
-            f"  {row:<12}" + "".join(f"{scores[row][name]:>14.2f}" for name in ("overall", *styles))
-            for row in ("unguided", "teacher", "student")
-        ),
+        *(f"  {row:<12}" + "".join(f"{scores[row][name]:>14.2f}" for name in ("overall", *styles)) for row in scores),
         "",
         f"  forwards a picture   teacher {nfe['teacher']:g}, student {nfe['student']:g}",
         f"  seconds a picture    teacher {seconds['teacher']:.3f}, student {seconds['student']:.3f}"
         f"  ({seconds['teacher'] / seconds['student']:.2f} times faster)",
         f"  guidance residual    {summary['guidance_residual']:.3f}  (1: no guidance learned, 0: perfect)",
-        f"  gate                 {'passed' if gate['passed'] else 'NOT passed'}",
+        f"  gate                 {gate['outcome'] if gate['passed'] else gate['outcome'].upper()}",
         *(f"    - {reason}" for reason in gate["reasons"]),
         f"  model                {_model_text(model)}",
         f"  student              {summary['student']}",
