@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,17 +15,17 @@ from kfp import local
 from teefusion.errors import PipelineError, UsageError
 from teefusion.files import read_json
 from teefusion.logs import STAGE_MARK
-from teefusion.pipelines.distill import distill
+from teefusion.parameters import arguments_of, settings_of
+from teefusion.pipelines.distill import make_pipeline
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
-from teefusion.tracking import check_server
+from teefusion.stages.summary import summarize
 from teefusion.workspace import Workspace
 
 
 def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     """Run the pipeline of pinned settings; returns the summary. Raises PipelineError or UsageError when it fails."""
-    check_server(settings)  # before anything is spent
-    workspace = Workspace(settings)
+    workspace, arguments = Workspace(settings), arguments_of(settings)
     workspace.start()
     if sys.stderr.isatty():
         os.environ[TTY_VARIABLE] = os.ttyname(sys.stderr.fileno())
@@ -33,16 +34,41 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     )
     log = workspace.run / "pipeline.log"
     try:
-        with _output_to(log):
-            distill(settings=settings.to_json())
+        with _output_to(log), _stoppable():
+            make_pipeline(settings)(**arguments)
+    except (KeyboardInterrupt, SystemExit):
+        summarize(settings, error="the run was stopped", outcome="cancelled")
+        raise
     except RuntimeError as error:
-        failure = workspace.failure()
+        # Until preflight has pinned them, the settings are those that the steps were given.
+        failure = workspace.failure() or Workspace(settings_of(arguments)).failure()
         if failure is None:
             raise PipelineError(f"The pipeline failed: {error}. All output of its tasks is in {log}.") from error
         kind = UsageError if failure["exit_code"] == UsageError.exit_code else PipelineError
         raise kind(f"{failure['stage']} failed: {failure['message']}") from error
     summary: dict = read_json(workspace.run / "summary.json")  # type: ignore[type-arg]
     return summary
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C stop the step at work, too, and wait for it: kfp.local would leave it running."""
+
+    def stop(number: int, _frame: object) -> None:
+        for task in Path("/proc/self/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGTERM)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -266,16 +266,29 @@ def generate(
     return {"images": [str(path) for path in paths], "_text": "\n".join(str(path) for path in paths)}
 
 
-@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device", pinned=False)
+def preflight(settings: Settings) -> dict[str, Any]:
+    """Check all that a run would need, here, and say at once everything that is wrong."""
+    from teefusion.preflight import preflight as check
+    from teefusion.preflight import require_ready
+
+    _, findings = check(settings)
+    require_ready(findings)
+    found = {finding.check: finding.text for finding in findings}
+    return found | {"_text": "\n".join(f"{name:20} {text}" for name, text in found.items())}
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device", pinned=False)
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="IR YAML."
+    "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="File to write."
 )
-def compile_(settings: Settings, output: Path) -> dict[str, Any]:
-    """Compile the pipeline to KFP IR YAML, with these settings as its default parameters."""
+@click.option("--kubernetes-manifests", is_flag=True, help="As resources Pipeline and PipelineVersion, not as IR YAML.")
+def compile_(settings: Settings, output: Path, kubernetes_manifests: bool) -> dict[str, Any]:
+    """Compile the pipeline to KFP IR YAML, with these settings as the defaults of its parameters."""
     from teefusion.pipelines.compile import compile_pipeline
 
-    compile_pipeline(settings, output)
-    return {"output": str(output), "run_key": settings.run_key, "_text": str(output)}
+    version = compile_pipeline(settings, output, kubernetes=kubernetes_manifests)
+    return {"output": str(output), "version": version, "_text": str(output)}
 
 
 def main() -> None:

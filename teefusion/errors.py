@@ -5,7 +5,8 @@
     │   ├── SettingsError       a setting is unknown, of the wrong type or out of range
     │   ├── PromptError         a prompt source cannot be read or holds no usable prompt
     │   ├── TeacherError        the teacher is unknown, unreadable or of no supported family
-    │   └── StudentError        a folder is not a student this version can load
+    │   ├── StudentError        a folder is not a student this version can load
+    │   └── PreflightError      a run would not go well, as it is asked for
     ├── StorageError            reading or writing failed (disk full, permission, no answer)
     │   └── NotFoundError       there is no such file or object
     ├── IntegrityError          stored data is not what its manifest says; never used
@@ -46,6 +47,10 @@ class TeacherError(UsageError):
 
 class StudentError(UsageError):
     """A folder is not a student that this version can load."""
+
+
+class PreflightError(UsageError):
+    """A run would not go well, as it is asked for; all reasons are in the message."""
 
 
 class StorageError(TeEFusionError):

@@ -19,7 +19,7 @@ from teefusion.settings.method import (
     TeacherSettings,
 )
 from teefusion.settings.section import ENV_PREFIX, Section
-from teefusion.settings.services import MlflowSettings, StorageSettings
+from teefusion.settings.services import KfpSettings, MlflowSettings, StorageSettings
 from teefusion.settings.train import TrainSettings
 from teefusion.settings.verdict import EvaluateSettings, GateSettings
 
@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     mlflow: MlflowSettings = MlflowSettings()
     storage: StorageSettings = StorageSettings()
     cluster: ClusterSettings = ClusterSettings()
+    kfp: KfpSettings = KfpSettings()
 
     @classmethod
     def settings_customise_sources(
