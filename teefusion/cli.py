@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from teefusion import __version__
+from teefusion import __version__, cli_kubeflow
 from teefusion.errors import SettingsError, TeEFusionError, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "model-name": ("mlflow.model_name", str, "Registered model.  [default: teefusion-TEACHER]"),
     "tracking-uri": ("mlflow.tracking_uri", str, "MLflow server.  [default: SQLite in the workdir]"),
     "device": ("device", str, "auto, cpu, cuda, cuda:1, ...  [default: auto]"),
+    "host": ("kfp.host", str, "Kubeflow Pipelines.  [default: KF_PIPELINES_ENDPOINT, else the kubeconfig's cluster]"),
 }
 
 
@@ -85,7 +86,9 @@ def _command(
             chosen = {name: options.pop(name.replace("-", "_")) for name in setting_options}
             with _report_errors(debug):
                 overrides = {_SETTING_OPTIONS[name][0]: value for name, value in chosen.items() if value is not None}
-                settings = _load(config, workdir, overrides | _parse_sets(sets), debug, pinned)
+                overrides |= _parse_sets(sets)
+                settings = _load(config, workdir, overrides, debug, pinned)
+                click.get_current_context().meta[cli_kubeflow.SOURCES] = config, overrides
                 result = function(settings, **options)
             text, code = result.pop("_text", None), result.pop("_exit", 0)
             click.echo(json.dumps(result, ensure_ascii=False) if as_json else text or json.dumps(result, indent=2))
@@ -289,6 +292,9 @@ def compile_(settings: Settings, output: Path, kubernetes_manifests: bool) -> di
 
     version = compile_pipeline(settings, output, kubernetes=kubernetes_manifests)
     return {"output": str(output), "version": version, "_text": str(output)}
+
+
+cli_kubeflow.add_to(_command, (*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device"))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@
     ├── ScorerError             a scorer could not be loaded, or an image could not be scored
     ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
     │   └── InterruptedRunError exit code 75: told to stop, and ready to be started again
-    ├── ClusterError            Kubernetes cannot be reached, or refuses
+    ├── ClusterError            Kubernetes or Kubeflow Pipelines cannot be reached, or refuses
     ├── TrackingError           the MLflow server cannot be reached or refuses
     └── PipelineError           a stage of the pipeline failed; its own message is above
 
@@ -80,7 +80,7 @@ class InterruptedRunError(TrainingError):
 
 
 class ClusterError(TeEFusionError):
-    """Kubernetes cannot be reached, or refuses."""
+    """Kubernetes or Kubeflow Pipelines cannot be reached, or refuses."""
 
 
 class TrackingError(TeEFusionError):

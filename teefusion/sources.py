@@ -34,11 +34,11 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
     if Path(source.uri).is_file():
         return f"sha256:{sha256_file(Path(source.uri))[:16]}"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the network, and all of the hub's
 
     try:
         sha = HfApi().model_info(source.uri, revision=source.revision).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise TeacherError(
             f"Cannot look up {source.uri!r} on the hub: {error}. Check the id, the network and, for a gated model, "
             "that HF_TOKEN is set and its licence accepted; or give a local diffusers folder."

@@ -153,7 +153,7 @@ class _Hub:
         return sum(found.parameter_count.values())
 
     def _ask(self, call: Any) -> Any:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+        from huggingface_hub.errors import GatedRepoError, HTTPError  # type: ignore[attr-defined]
 
         try:
             return call()
@@ -162,7 +162,7 @@ class _Hub:
                 f"{self._uri} is gated. Accept its licence on its page of the hub, and give a token of that account: "
                 "HF_TOKEN, on a cluster in the Secret of cluster.hub_secret."
             ) from error
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             told = str(error).partition("\n")[0].rstrip(".")
             raise TeacherError(
                 f"{self._uri} (revision {self._revision or 'main'}) cannot be looked up on the hub: {told}. Correct "
