@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from teefusion.errors import ClusterError, PreflightError, TeEFusionError, UsageError
+from teefusion.errors import ClusterError, StorageError, TeEFusionError, UsageError
 from teefusion.files import write_bytes
 from teefusion.logs import STAGE_MARK, setup_logging
 from teefusion.parameters import settings_of
@@ -29,8 +29,8 @@ def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
     setup_logging(mark=STAGE_MARK)
     parsed = settings_from_json(settings)
     log.info("== %s", name)
+    _refuse_to_repeat(Workspace(parsed), name)
     with _told(Workspace(parsed), name):
-        _refuse_to_repeat(Workspace(parsed), name)
         stage = getattr(import_module(f"teefusion.stages.{name}"), name)
         given = {key: value if key == "targets" else Path(value) for key, value in inputs.items()}
         result: StageResult = stage(parsed, **given)
@@ -44,7 +44,8 @@ def run_preflight(arguments: dict[str, Any], report: str) -> str:
     log.info("== preflight")
     settings = _settings(arguments)
     with _told(Workspace(settings), "preflight"):
-        Workspace(settings).start()  # forgets what an earlier run left
+        with contextlib.suppress(StorageError):  # of which the check of the workdir tells, beside the others
+            Workspace(settings).start()  # forgets what an earlier run left
         from teefusion.preflight import preflight, require_ready, to_markdown
 
         pinned, findings = preflight(settings)
@@ -86,7 +87,8 @@ def _settings(arguments: dict[str, Any]) -> Settings:
 def _refuse_to_repeat(workspace: Workspace, name: StageName) -> None:
     earlier = workspace.failure()
     if earlier and earlier["stage"] == name and earlier["exit_code"] == UsageError.exit_code:
-        raise PreflightError(f"{earlier['message']} (An earlier attempt found this. Correct it, and start a new run.)")
+        log.error("%s: %s (An earlier attempt found this. Correct it, and start a new run.)", name, earlier["message"])
+        sys.exit(UsageError.exit_code)
 
 
 @contextlib.contextmanager
@@ -107,7 +109,8 @@ def _told(workspace: Workspace, name: str) -> Iterator[None]:
 def _end(workspace: Workspace, name: str, message: str, code: int) -> NoReturn:
     from teefusion.stages.summary import STOPPED, summarize
 
-    workspace.fail(name, message, code)
+    with contextlib.suppress(StorageError):
+        workspace.fail(name, message, code)
     if code in STOPPED:  # a cancelled run may get no further step, not even its exit handler's
         summarize(workspace.settings, error=message, outcome="cancelled")
     sys.exit(code)

@@ -35,7 +35,10 @@ NAMESPACE_VARIABLES = (
     "TEEFUSION_WORKDIR",
     *(f"TEEFUSION_STORAGE__{name}" for name in ("URI", "ENDPOINT_URL", "REGION", "ADDRESSING_STYLE", "CACHE_GB")),
     *(f"TEEFUSION_MLFLOW__{name}" for name in ("TRACKING_URI", "EXPERIMENT")),
-    *(f"TEEFUSION_CLUSTER__{name}" for name in ("RUNTIME", "RUNTIME_KIND", "IMAGE", "QUEUE", "ACCELERATOR_MEMORY_GB")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("RUNTIME", "RUNTIME_KIND", "IMAGE", "IMAGE_PULL_SECRETS", "QUEUE")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("VOLUME_CLAIM", "VOLUME_PATH", "SERVICE_ACCOUNT")),
+    *(f"TEEFUSION_CLUSTER__{name}_SECRET" for name in ("S3", "MLFLOW", "HUB")),
+    "TEEFUSION_CLUSTER__ACCELERATOR_MEMORY_GB",
     "HF_ENDPOINT",
 )
 """Keys of the namespace's ConfigMap that become variables of a pipeline's steps, where they are there."""

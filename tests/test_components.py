@@ -74,7 +74,7 @@ def test_the_exit_handler_finds_the_run_that_preflight_pinned(make_settings: Mak
 
 
 def test_a_users_mistake_is_not_tried_again_and_a_failure_is(
-    make_settings: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_settings: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings()
     workspace = Workspace(settings)
@@ -94,9 +94,7 @@ def test_a_users_mistake_is_not_tried_again_and_a_failure_is(
         run_stage("ingest", settings.to_json())
     assert ended.value.code == 2
     assert len(calls) == 1
-    told = workspace.failure()
-    assert told is not None
-    assert "there is no such file (An earlier attempt found this." in told["message"]
+    assert "there is no such file (An earlier attempt found this." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

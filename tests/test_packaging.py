@@ -216,7 +216,11 @@ def test_dockerfile_installs_under_the_constraints_and_by_known_extras() -> None
     extras = {
         name for command in installs for group in re.findall(r"\[([a-z,]+)\]", command) for name in group.split(",")
     }
-    assert {"pipeline", "train", "lora", "deepspeed"} == extras <= PROJECT["project"]["optional-dependencies"].keys()
+    assert (
+        {"pipeline", "steps", "train", "lora", "deepspeed"}
+        == extras
+        <= PROJECT["project"]["optional-dependencies"].keys()
+    )
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
