@@ -109,6 +109,9 @@ def _told(workspace: Workspace, name: str) -> Iterator[None]:
 def _end(workspace: Workspace, name: str, message: str, code: int) -> NoReturn:
     from teefusion.stages.summary import STOPPED, summarize
 
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # who asks twice waits for the last words all the same
+            signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(StorageError):
         workspace.fail(name, message, code)
     if code in STOPPED:  # a cancelled run may get no further step, not even its exit handler's

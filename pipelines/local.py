@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
 from teefusion.stages.summary import summarize
 from teefusion.workspace import Workspace
+
+_STOP_PATIENCE_S = 60.0  # for a step to write a checkpoint
 
 
 def run(settings: Settings) -> dict:  # type: ignore[type-arg]
@@ -52,13 +55,17 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C stop the step at work, too, and wait for it: kfp.local would leave it running."""
+    """SIGTERM and Ctrl-C stop the step at work, too, and wait for it: kfp.local, whose child is a shell, would not."""
 
     def stop(number: int, _frame: object) -> None:
-        for task in Path("/proc/self/task").iterdir():
-            for child in (task / "children").read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), signal.SIGTERM)
+        shells = _children(os.getpid())
+        steps = [step for shell in shells for step in _children(shell)] or shells
+        for step in steps:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(step, signal.SIGTERM)
+        end = time.monotonic() + _STOP_PATIENCE_S
+        while any(map(_is_alive, steps)) and time.monotonic() < end:
+            time.sleep(0.1)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
@@ -69,6 +76,20 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _children(process: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{process}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return []
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

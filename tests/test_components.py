@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from teefusion.components.runtime import run_stage, run_summary
 from teefusion.components.summarize import summarize
 from teefusion.components.targets import targets
 from teefusion.components.train import train
+from teefusion.errors import StorageError
 from teefusion.files import read_json
 from teefusion.jobs import delete_orphans
 from teefusion.parameters import arguments_of, settings_of
@@ -28,6 +30,16 @@ from teefusion.workspace import Workspace
 from tests.apiserver import NAMESPACE, ApiServer
 
 Make = Callable[..., Settings]
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A component is a process of its own, and leaves its handlers behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 class Artifact:
@@ -83,7 +95,7 @@ def test_a_users_mistake_is_not_tried_again_and_a_failure_is(
 
     def stage(_: Settings) -> Any:
         calls.append("called")
-        raise SystemExit(1)
+        raise StorageError("the disk is full")
 
     monkeypatch.setattr("teefusion.stages.ingest.ingest", stage)
     workspace.fail("ingest", "the disk was full", 1)
