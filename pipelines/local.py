@@ -16,7 +16,7 @@ from kfp import local
 from teefusion.errors import PipelineError, UsageError
 from teefusion.files import read_json
 from teefusion.logs import STAGE_MARK
-from teefusion.parameters import arguments_of, settings_of
+from teefusion.parameters import arguments_of
 from teefusion.pipelines.distill import make_pipeline
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
@@ -28,7 +28,7 @@ _STOP_PATIENCE_S = 60.0  # for a step to write a checkpoint
 
 def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     """Run the pipeline of pinned settings; returns the summary. Raises PipelineError or UsageError when it fails."""
-    workspace, arguments = Workspace(settings), arguments_of(settings)
+    workspace = Workspace(settings)
     workspace.start()
     if sys.stderr.isatty():
         os.environ[TTY_VARIABLE] = os.ttyname(sys.stderr.fileno())
@@ -38,13 +38,12 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     log = workspace.run / "pipeline.log"
     try:
         with _output_to(log), _stoppable():
-            make_pipeline(settings)(**arguments)
+            make_pipeline(settings)(**arguments_of(settings))
     except (KeyboardInterrupt, SystemExit):
         summarize(settings, error="the run was stopped", outcome="cancelled")
         raise
     except RuntimeError as error:
-        # Until preflight has pinned them, the settings are those that the steps were given.
-        failure = workspace.failure() or Workspace(settings_of(arguments)).failure()
+        failure = workspace.failure()
         if failure is None:
             raise PipelineError(f"The pipeline failed: {error}. All output of its tasks is in {log}.") from error
         kind = UsageError if failure["exit_code"] == UsageError.exit_code else PipelineError

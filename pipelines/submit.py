@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -59,9 +60,11 @@ def plan(settings: Settings, *, pinned: bool = True) -> Plan:
     Raises SettingsError for paths that are not on the cluster, and what ``sources.pin`` raises.
     """
     text = pipeline_yaml(settings)
-    settings = on_cluster(settings)
-    settings = pin(settings, elsewhere=True) if pinned else settings
+    loose = on_cluster(settings)
+    settings = pin(loose, elsewhere=True) if pinned else loose
     teacher = Path(settings.teacher.name).name
+    # Preflight digests the prompts: who repeats a run in Kubeflow's form may name others there.
+    given = settings.model_copy(update={"prompts": loose.prompts, "targets": loose.targets})
     return Plan(
         name=f"{teacher}-{settings.run_key}",
         run_key=settings.run_key,
@@ -70,7 +73,7 @@ def plan(settings: Settings, *, pinned: bool = True) -> Plan:
         pipeline=settings.kfp.pipeline,
         version=version_of(text),
         experiment=settings.kfp.experiment,
-        arguments=arguments_of(settings),
+        arguments=arguments_of(given),
         text=text,
     )
 
@@ -80,10 +83,10 @@ class Kubeflow:
 
     def __init__(self, options: KfpSettings) -> None:
         self.options = options
-        if options.host:
-            _require_answer(options.host)
+        if host := options.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
+            _require_answer(host)
         with _errors("connect"):
-            self._client = Client(host=options.host, ui_host=options.ui_host, namespace=options.namespace or "kubeflow")
+            self._client = Client(host=options.host, ui_host=options.ui_host)
 
     def submit(self, wanted: Plan) -> dict[str, Any]:
         """Create the run, or find it at work; returns its id and URL, and whether it was found."""
@@ -195,15 +198,17 @@ def cron_of(text: str) -> str:
 
 
 def steps_of(run: Any) -> dict[str, str]:
-    """State of each of the pipeline's steps that has begun, in their order.
+    """State of each of the pipeline's steps that has begun, in their order; of a fan-out's, one that is not done.
 
-    Kubeflow lists a step's driver under a name of its own, too; groups and the fan-out's numbers are left out.
+    Kubeflow lists a step's driver beside it, before the step itself is there.
     """
     states: dict[str, str] = {}
     for task in (run.run_details and run.run_details.task_details) or []:
-        name = (task.display_name or "").partition("-")[0]
-        driver = (task.display_name or "").endswith("-driver")
-        if name in _STEPS and task.state and not (driver and (name in states or task.state == "SUCCEEDED")):
+        name, driver = (task.display_name or "").partition("-")[0], (task.display_name or "").endswith("-driver")
+        known = states.get(name, "SUCCEEDED")
+        if name in _STEPS and task.state and known in ("SUCCEEDED", "SKIPPED"):
+            if driver and (name in states or task.state == "SUCCEEDED"):
+                continue
             states[name] = str(task.state)
     return {step: states[step] for step in _STEPS if step in states}
 

@@ -1,7 +1,6 @@
 """The arguments of a pipeline's run: settings by name where people change them from run to run, one JSON for the rest.
 
-A setting is in one of both, so there is nothing to keep in step. Digests of what lies on a cluster are in neither: the
-preflight of the run fills them in.
+A setting is in one of both, so there is nothing to keep in step.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ NAMESPACE_VARIABLES = (
 """Keys of the namespace's ConfigMap that become variables of a pipeline's steps, where they are there."""
 POD_VARIABLE = "KFP_POD_NAME"
 """In every step of Kubeflow Pipelines on a cluster; a host name may be cut short."""
-_DIGESTS = ("prompts.sha256", "targets.images_sha256")
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
@@ -54,8 +52,6 @@ def arguments_of(settings: Settings) -> dict[str, Any]:
         values[section] = {key: value for key, value in values[section].items() if value is not None}
     arguments = {name: _take(values, setting) for name, setting in PARAMETERS.items()}
     arguments["teacher_revision"] = arguments["teacher_revision"] or ""
-    for digest in _DIGESTS:
-        _take(values, digest)
     return {"settings": canonical_json(values)} | arguments
 
 

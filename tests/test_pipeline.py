@@ -143,7 +143,7 @@ def test_a_second_teacher_uses_the_prompts_of_the_first(options: list[str], tmp_
 
     run(*options, *FAIL)
     make_tiny_teacher(tmp_path / "second", seed=1)
-    second = run(*options, *FAIL, "--teacher", str(tmp_path / "second"), "--set", f"teacher.name={tmp_path / 'second'}")
+    second = run(*options, *FAIL, "--set", f"teacher.name={tmp_path / 'second'}")
     reused = {name: stage["reused"] for name, stage in second["stages"].items()}
     assert reused == {"ingest": True, "targets": False, "train": False, "evaluate": False}
 
