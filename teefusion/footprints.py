@@ -81,6 +81,15 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all files below a folder, made or not."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone since it was listed
+            total += path.stat().st_size
+    return total
+
+
 def device_bytes(settings: Settings) -> int | None:
     """Memory of one accelerator: as set, or as the driver of this machine says; none where nobody knows."""
     if settings.cluster.accelerator_memory_gb:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from teefusion.errors import PipelineError, PreflightError, ScorerError, SettingsError, StorageError, TeEFusionError
 from teefusion.files import readable_bytes
-from teefusion.footprints import Footprint, device_bytes, footprint, free_bytes
+from teefusion.footprints import Footprint, device_bytes, folder_bytes, footprint, free_bytes
 from teefusion.parameters import POD_VARIABLE
 from teefusion.prompts import source_digest
 from teefusion.scorer_names import BUNDLED, parse_scorer
@@ -120,18 +120,20 @@ def _workdir(settings: Settings) -> str:
 
 def _read_and_write(uri: str, storage: StorageSettings) -> str:
     """Write, read and delete an object there. Raises StorageError, SettingsError."""
-    quick = {"max_attempts": _ATTEMPTS, "connect_timeout_s": _TIMEOUT_S, "read_timeout_s": _TIMEOUT_S}
-    store = open_store(uri, storage.model_copy(update=quick))
+    store = open_store(uri, _impatient(storage))
     name, data = f"preflight-{uuid.uuid4().hex}", os.urandom(16)
     store.write(name, data)
     try:
         if store.read(name) != data:
-            raise StorageError(
-                f"{store.where(name)} was read otherwise than it was written. Do not trust this storage."
-            )
+            raise StorageError(f"{store.where(name)} reads otherwise than it was written. Do not trust this storage.")
     finally:
         store.delete(name)
     return f"{uri} can be read and written"
+
+
+def _impatient(storage: StorageSettings) -> StorageSettings:
+    quick = {"max_attempts": _ATTEMPTS, "connect_timeout_s": _TIMEOUT_S, "read_timeout_s": _TIMEOUT_S}
+    return storage.model_copy(update=quick)
 
 
 def _teacher(settings: Settings) -> list[Finding]:
@@ -154,32 +156,33 @@ def _scorer(settings: Settings) -> str:
     """That its files are there; their content is hashed when they are used."""
     options = settings.evaluate
     name = parse_scorer(options.scorer)
-    advice = "Correct evaluate.scorer"
     if options.scorer == BUNDLED:
         return "the bundled one"
     if is_remote(name.location):
         folder, _, file = name.location.rpartition("/")
-        if open_store(folder, settings.storage).size(file) is None:
-            raise ScorerError(f"{name.location} is missing. {advice}.")
-    elif not Path(name.location).expanduser().exists():
-        on_hub = name.kind != "folder" and (name.location.count("/") == 1 or name.location in ("v2.0", "v2.1"))
-        if not on_hub or name.location.startswith(("/", ".", "~")):
-            raise ScorerError(f"{name.location} is no scorer: there is no such file or folder. {advice}.")
+        there = open_store(folder, _impatient(settings.storage)).size(file) is not None
+    else:
+        there = Path(name.location).expanduser().exists()
+    if there:
+        return options.scorer
+    if name.kind != "folder" and not name.location.startswith(("/", ".", "~", "s3:")):
         return f"{options.scorer}, on the hub: fetched when it is used"
-    return options.scorer
+    raise ScorerError(f"{name.location} is no scorer: there is no such file or folder. Correct evaluate.scorer.")
 
 
 def _disk(settings: Settings, need: Footprint) -> str:
     workdir = settings.workdir.resolve()
-    total = need.training_disk + (0 if settings.storage.uri else need.targets_disk)
+    whole = need.training_disk + (0 if settings.storage.uri else need.targets_disk)
+    # What is there may be this very run's: one that is taken up again is not refused for what it has stored.
+    more = max(whole - sum(folder_bytes(workdir / name) for name in ("targets", "students")), 0)
     free = free_bytes(workdir)
-    if total > free:
+    if more > free:
         raise StorageError(
-            f"{workdir} has {readable_bytes(free)} free, and this run takes at least {readable_bytes(total)}. Make "
+            f"{workdir} has {readable_bytes(free)} free, and this run takes at least {readable_bytes(more)} more. Make "
             "room, take a larger volume, keep targets in S3 (storage.uri), or lower train.keep_checkpoints or "
             "targets.trajectories."
         )
-    return f"at least {readable_bytes(total)} of {readable_bytes(free)} free in {workdir}"
+    return f"at least {readable_bytes(more)} more in {workdir}, {readable_bytes(free)} free"
 
 
 def _memory(settings: Settings, need: Footprint) -> str:

@@ -149,6 +149,10 @@ def test_what_does_not_fit_is_refused(make_settings: Make, monkeypatch: pytest.M
     found = wrong(make_settings({"device": "cuda", "cluster.accelerator_memory_gb": 1e-5}))
     assert found.keys() == {"disk", "accelerator memory"}
     assert "1 kB free" in found["disk"]
+    stored = make_settings().workdir / "targets" / "key"
+    stored.mkdir(parents=True)
+    (stored / "shard").write_bytes(bytes(10**7))
+    assert "disk" not in wrong(make_settings())
     assert "train.zero_stage" in found["accelerator memory"]
 
 
