@@ -1,6 +1,6 @@
 # Two images of one code:
-#   docker build --target pipeline .   compiles and submits the pipeline; no torch
-#   docker build --target train .      runs every stage: the image of the pipeline's steps (TEEFUSION_IMAGE), and the default
+#   docker build --target pipeline .   submits the pipeline, and runs its steps that need no torch (cluster.small_image)
+#   docker build --target train .      runs every step (cluster.image or TEEFUSION_IMAGE), and the default
 # The base is pinned to an exact version here; CI adds its digest: --build-arg PYTHON_IMAGE=python:TAG@sha256:DIGEST
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 
@@ -27,7 +27,7 @@ COPY constraints.txt /opt/teefusion/
 # Arguments for pip, such as an index that has CPU builds of torch.
 ARG PIP_ARGS=""
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
-    pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[pipeline]"
+    pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[pipeline,steps]"
 WORKDIR /home/teefusion
 # A number, so that Kubernetes can check runAsNonRoot.
 USER 1000:1000

@@ -87,7 +87,7 @@ def _piece_row(name: str, e: Any) -> tuple[str, ...]:
 
 
 def _size(count: int) -> str:
-    from teefusion.estimates import readable_bytes
+    from teefusion.files import readable_bytes
 
     return readable_bytes(count)
 

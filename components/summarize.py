@@ -1,4 +1,4 @@
-"""KFP component: the exit handler's task; writes the summary, of failed runs too."""
+"""KFP component: the exit handler's task; tells what became of a run, also of a failed or cancelled one."""
 
 from kfp import dsl
 
@@ -6,9 +6,24 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def summarize(settings: str, status: dsl.PipelineTaskFinalStatus) -> None:
-    """Write summary.json and report.html in the workdir, and close the MLflow run."""
+def summarize(
+    settings: str,
+    teacher: str,
+    teacher_uri: str,
+    teacher_revision: str,
+    prompts: str,
+    strategy: str,
+    guidance_min: float,
+    guidance_max: float,
+    student: dict,  # type: ignore[type-arg]
+    fusion: dict,  # type: ignore[type-arg]
+    train_steps: int,
+    gate: dict,  # type: ignore[type-arg]
+    status: dsl.PipelineTaskFinalStatus,
+) -> None:
+    """Write summary.json and report.html in the workdir, close the MLflow run, delete a TrainJob left at work."""
+    arguments = dict(locals())
     from teefusion.components.runtime import run_summary
 
-    failed = status.state != "SUCCEEDED"
-    run_summary(settings, error=(status.error_message or f"the pipeline ended {status.state}") if failed else None)
+    status = arguments.pop("status")
+    run_summary(arguments, state=status.state, error=status.error_message)

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +16,20 @@ from kfp import local
 from teefusion.errors import PipelineError, UsageError
 from teefusion.files import read_json
 from teefusion.logs import STAGE_MARK
-from teefusion.pipelines.distill import distill
+from teefusion.parameters import arguments_of
+from teefusion.pipelines.distill import make_pipeline
 from teefusion.progress import TTY_VARIABLE
 from teefusion.settings import Settings
 from teefusion.sources import require_fitting_scorer
-from teefusion.tracking import check_server
+from teefusion.stages.summary import summarize
 from teefusion.workspace import Workspace
+
+_STOP_PATIENCE_S = 60.0  # for a step to write a checkpoint
 
 
 def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     """Run the pipeline of pinned settings; returns the summary. Raises PipelineError or UsageError when it fails."""
     require_fitting_scorer(settings)  # before anything is spent
-    check_server(settings)
     workspace = Workspace(settings)
     workspace.start()
     if sys.stderr.isatty():
@@ -35,8 +39,11 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     )
     log = workspace.run / "pipeline.log"
     try:
-        with _output_to(log):
-            distill(settings=settings.to_json())
+        with _output_to(log), _stoppable():
+            make_pipeline(settings)(**arguments_of(settings))
+    except (KeyboardInterrupt, SystemExit):
+        summarize(settings, error="the run was stopped", outcome="cancelled")
+        raise
     except RuntimeError as error:
         failure = workspace.failure()
         if failure is None:
@@ -45,6 +52,45 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
         raise kind(f"{failure['stage']} failed: {failure['message']}") from error
     summary: dict = read_json(workspace.run / "summary.json")  # type: ignore[type-arg]
     return summary
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C stop the step at work, too, and wait for it: kfp.local, whose child is a shell, would not."""
+
+    def stop(number: int, _frame: object) -> None:
+        shells = _children(os.getpid())
+        steps = [step for shell in shells for step in _children(shell)] or shells
+        for step in steps:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(step, signal.SIGTERM)
+        end = time.monotonic() + _STOP_PATIENCE_S
+        while any(map(_is_alive, steps)) and time.monotonic() < end:
+            time.sleep(0.1)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children(process: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{process}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return []
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from teefusion import __version__
+from teefusion import __version__, cli_kubeflow
 from teefusion.errors import SettingsError, TeEFusionError, UsageError
 from teefusion.registry_commands import COMMANDS
 
@@ -56,6 +56,11 @@ _SETTING_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "host": ("serve.host", str, "Address to listen on; 0.0.0.0 is every one of this machine.  [default: 127.0.0.1]"),
     "port": ("serve.port", int, "Port to listen on; 0 takes a free one.  [default: 8000]"),
     "device": ("device", str, "auto, cpu, cuda, cuda:1, ...  [default: auto]"),
+    "endpoint": (
+        "kfp.host",
+        str,
+        "Kubeflow Pipelines.  [default: KF_PIPELINES_ENDPOINT, else the kubeconfig's]",
+    ),
 }
 
 
@@ -88,7 +93,9 @@ def _command(
             chosen = {name: options.pop(name.replace("-", "_")) for name in setting_options}
             with _report_errors(debug):
                 overrides = {_SETTING_OPTIONS[name][0]: value for name, value in chosen.items() if value is not None}
-                settings = _load(config, workdir, overrides | _parse_sets(sets), debug, pinned)
+                overrides |= _parse_sets(sets)
+                settings = _load(config, workdir, overrides, debug, pinned)
+                click.get_current_context().meta[cli_kubeflow.SOURCES] = config, overrides
                 result = function(settings, **options)
             text, code = result.pop("_text", None), result.pop("_exit", 0)
             click.echo(json.dumps(result, ensure_ascii=False) if as_json else text or json.dumps(result, indent=2))
@@ -310,16 +317,32 @@ def serve(settings: Settings, model: str | None) -> dict[str, Any]:
     return {"model": uri, "_text": "stopped"}
 
 
-@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device")
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device", pinned=False)
+def preflight(settings: Settings) -> dict[str, Any]:
+    """Check all that a run would need, here, and say at once everything that is wrong."""
+    from teefusion.preflight import preflight as check
+    from teefusion.preflight import require_ready
+
+    _, findings = check(settings)
+    require_ready(findings)
+    found = {finding.check: finding.text for finding in findings}
+    return found | {"_text": "\n".join(f"{name:20} {text}" for name, text in found.items())}
+
+
+@_command(*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device", pinned=False)
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="IR YAML."
+    "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True, help="File to write."
 )
-def compile_(settings: Settings, output: Path) -> dict[str, Any]:
-    """Compile the pipeline to KFP IR YAML, with these settings as its default parameters."""
+@click.option("--kubernetes-manifests", is_flag=True, help="As resources Pipeline and PipelineVersion, not as IR YAML.")
+def compile_(settings: Settings, output: Path, kubernetes_manifests: bool) -> dict[str, Any]:
+    """Compile the pipeline to KFP IR YAML, with these settings as the defaults of its parameters."""
     from teefusion.pipelines.compile import compile_pipeline
 
-    compile_pipeline(settings, output)
-    return {"output": str(output), "run_key": settings.run_key, "_text": str(output)}
+    version = compile_pipeline(settings, output, kubernetes=kubernetes_manifests)
+    return {"output": str(output), "version": version, "_text": str(output)}
+
+
+cli_kubeflow.add_to(_command, (*_TEACHER, *_TRAIN, *_EVALUATE, *_REGISTRY, "device"))
 
 
 for _function in COMMANDS:

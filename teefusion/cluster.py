@@ -19,6 +19,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from teefusion.errors import ClusterError
+from teefusion.parameters import POD_VARIABLE
 from teefusion.settings import ClusterSettings
 from teefusion.trainjobs import GROUP, NODE, PLURAL, VERSION
 
@@ -29,10 +30,15 @@ _SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount
 _BUSY = frozenset({0, 429, 500, 502, 503, 504})
 _FIRST_PATIENCE_S = 30.0  # before there is a job, nothing is lost by an error
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
-_POD_VARIABLE = "KFP_POD_NAME"  # in every step of Kubeflow Pipelines; a host name may be cut short
-_RIGHTS = (
-    f"a Role with trainjobs ({GROUP}: create, get, list, watch, delete), trainingruntimes ({GROUP}: get) and pods, "
-    "pods/log, events (get, list)"
+_NEEDED = (
+    (GROUP, PLURAL, ("create", "get", "list", "watch", "delete")),
+    (GROUP, "trainingruntimes", ("get",)),
+    *(("", resource, ("get", "list")) for resource in ("pods", "events")),
+    ("", "pods/log", ("get",)),
+)
+"""API group, resource, verbs."""
+_RIGHTS = "a Role with " + ", ".join(
+    f"{resource} ({f'{group}: ' if group else ''}{', '.join(verbs)})" for group, resource, verbs in _NEEDED
 )
 
 
@@ -72,6 +78,31 @@ class Cluster:
                     "in cluster.runtime and cluster.runtime_kind."
                 ) from error
             raise self._no_trainer() from error
+
+    def require_rights(self) -> None:
+        """Raises ClusterError where this account may not manage TrainJobs here; what it may not read is told too."""
+        access = client.AuthorizationV1Api(self._core.api_client)
+
+        def allowed(group: str, verb: str, resource: str) -> bool:
+            name, _, part = resource.partition("/")
+            asked = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name}
+            review = {"spec": {"resourceAttributes": asked | ({"subresource": part} if part else {})}}
+            action = f"ask whether it may {verb} {resource}"
+            options = {"_preload_content": False, "_request_timeout": self._timeout}
+            answer = self._ask(action, lambda: access.create_self_subject_access_review(review, **options))
+            return bool(json.loads(answer.data)["status"]["allowed"])
+
+        lacking = [
+            f"{verb} {resource}"
+            for group, resource, verbs in _NEEDED
+            for verb in verbs
+            if not allowed(group, verb, resource)
+        ]
+        if lacking:
+            raise ClusterError(
+                f"This account may not {', '.join(lacking)} in namespace {self.namespace}. Bind {_RIGHTS} to it by a "
+                "RoleBinding there, as the chart does for kfp.service_account."
+            )
 
     def create(self, manifest: Mapping[str, Any]) -> bool:
         """Whether the TrainJob was made; not where there is one of that name."""
@@ -189,7 +220,7 @@ class Cluster:
 
     def owner(self) -> Json | None:
         """Reference to the workflow that this pod is a step of, so that the job is deleted with the run; else none."""
-        pod = os.environ.get(_POD_VARIABLE)
+        pod = os.environ.get(POD_VARIABLE)
         if not pod:
             return None
         try:

@@ -5,14 +5,15 @@
     │   ├── SettingsError       a setting is unknown, of the wrong type or out of range
     │   ├── PromptError         a prompt source cannot be read or holds no usable prompt
     │   ├── TeacherError        the teacher is unknown, unreadable or of no supported family
-    │   └── StudentError        a folder is not a student this version can load
+    │   ├── StudentError        a folder is not a student this version can load
+    │   └── PreflightError      a run would not go well, as it is asked for
     ├── StorageError            reading or writing failed (disk full, permission, no answer)
     │   └── NotFoundError       there is no such file or object
     ├── IntegrityError          stored data is not what its manifest says; never used
     ├── ScorerError             a scorer could not be loaded, or an image could not be scored
     ├── TrainingError           training cannot go on (non-finite loss, bad checkpoint)
     │   └── InterruptedRunError exit code 75: told to stop, and ready to be started again
-    ├── ClusterError            Kubernetes cannot be reached, or refuses
+    ├── ClusterError            Kubernetes or Kubeflow Pipelines cannot be reached, or refuses
     ├── TrackingError           the MLflow server cannot be reached or refuses
     ├── RegistryError           a version is not there, not to be trusted, or was moved by somebody else meanwhile
     └── PipelineError           a stage of the pipeline failed; its own message is above
@@ -49,6 +50,10 @@ class StudentError(UsageError):
     """A folder is not a student that this version can load."""
 
 
+class PreflightError(UsageError):
+    """A run would not go well, as it is asked for; all reasons are in the message."""
+
+
 class StorageError(TeEFusionError):
     """Reading or writing failed."""
 
@@ -76,7 +81,7 @@ class InterruptedRunError(TrainingError):
 
 
 class ClusterError(TeEFusionError):
-    """Kubernetes cannot be reached, or refuses."""
+    """Kubernetes or Kubeflow Pipelines cannot be reached, or refuses."""
 
 
 class TrackingError(TeEFusionError):

@@ -18,6 +18,7 @@ import torch
 
 from teefusion.architectures import TeacherShape, teacher_shape
 from teefusion.errors import SettingsError
+from teefusion.files import readable_bytes
 from teefusion.settings import Settings
 from teefusion.strategies import make_strategy
 
@@ -200,12 +201,6 @@ def text(estimate: Estimate) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}s}  {value}" for name, value in rows.items())
-
-
-def readable_bytes(count: int) -> str:
-    """For people, in units of 1000 as disks and data sheets count."""
-    power = min(max(len(str(count)) - 1, 0) // 3, 5)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def _forwards_a_trajectory(settings: Settings) -> float:

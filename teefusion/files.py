@@ -163,3 +163,9 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def readable_bytes(count: int) -> str:
+    """For people, in units of 1000 as disks and data sheets count."""
+    power = min(max(len(str(count)) - 1, 0) // 3, 5)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

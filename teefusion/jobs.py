@@ -12,12 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from teefusion.cluster import Cluster, Json
 from teefusion.errors import ClusterError, TrainingError
 from teefusion.joblogs import LogFollower
-from teefusion.trainjobs import DIGEST, NODE
+from teefusion.settings import JobStage
+from teefusion.trainjobs import DIGEST, NODE, trainjob_name
 
 log = logging.getLogger("teefusion.jobs")
 _LAST_LINES = 30
@@ -51,6 +52,23 @@ def run_job(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
     log.info("TrainJob %s is complete", name)
     if not cluster.options.keep_finished:
         cluster.delete(name)
+
+
+def delete_orphans(cluster: Cluster, run_key: str) -> None:
+    """Delete the TrainJobs of a run that has ended while they are at work: a step that was killed leaves its own.
+
+    Those of another workflow, which runs the same settings, are left alone. Raises ClusterError.
+    """
+    owner = cluster.owner()
+    for stage in get_args(JobStage):
+        name = trainjob_name(stage, run_key)
+        job, _ = cluster.look(name)
+        if job is None or _outcome(job):
+            continue
+        owners = job["metadata"].get("ownerReferences", [])
+        if not owners or any(one["uid"] == (owner or {}).get("uid") for one in owners):
+            log.warning("deleting TrainJob %s, which nobody waits for", name)
+            cluster.delete(name)
 
 
 def _make_or_join(cluster: Cluster, manifest: Mapping[str, Any]) -> None:

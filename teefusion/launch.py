@@ -97,7 +97,12 @@ def _torchrun(settings: Settings, processes: int, module: str, arguments: list[s
         command += [f"--max-restarts={restarts}", "-m", module, f"--settings={file}", *arguments]
         # Else the ranks of a restart meet in the store of those before them, and gloo dials addresses of the dead.
         environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return subprocess.run(command, check=False, stdout=sys.stderr, env=environment).returncode
+        with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
+            try:
+                return process.wait()
+            except BaseException:  # told to stop: torchrun tells the ranks, which leave a checkpoint
+                process.terminate()
+                raise
 
 
 def _trainjob(settings: Settings, stage: JobStage, module: str, paths: dict[str, str]) -> None:

@@ -58,11 +58,11 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
     if Path(source.uri).is_file():
         return f"sha256:{sha256_file(Path(source.uri))[:16]}"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the network, and all of the hub's
 
     try:
         sha = HfApi().model_info(source.uri, revision=source.revision).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise TeacherError(
             f"Cannot look up {source.uri!r} on the hub: {error}. Check the id, the network and, for a gated model, "
             "that HF_TOKEN is set and its licence accepted; or give a local diffusers folder."
@@ -72,18 +72,47 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
     return str(sha)
 
 
-def pin(settings: Settings) -> Settings:
-    """The settings with revisions and prompt digest filled in, so that they describe one run for good."""
-    teacher = settings.teacher.model_copy(update={"revision": revision_of(settings.teacher)})
-    prompts = settings.prompts.model_copy(update={"sha256": source_digest(prompt_path(settings.prompts.source))})
+def paths_of(settings: Settings) -> dict[str, str]:
+    """Sources that are plainly paths, by their setting. Hub ids look like relative paths, so those need a dot first."""
+    strategy = settings.strategy
+    sources = {
+        "teacher.uri": settings.teacher.uri,
+        "strategy.second.uri": strategy.second.uri if strategy.second else None,
+        "strategy.lora.uri": strategy.lora.uri if strategy.lora else None,
+    }
+    paths = {name: uri for name, uri in sources.items() if uri and uri.startswith(("/", "./", "../", "~"))}
+    if settings.prompts.source != _BUNDLED_TEACHER:
+        paths["prompts.source"] = settings.prompts.source
+    if settings.targets.images:
+        paths["targets.images"] = settings.targets.images
+    return paths
+
+
+def pin(settings: Settings, *, elsewhere: bool = False) -> Settings:
+    """The settings with revisions and prompt digest filled in, so that they describe one run for good.
+
+    With ``elsewhere``, absolute paths that are not on this machine are left as they are: a cluster's volume has them.
+    """
+
+    def revision(source: TeacherSettings | WeightsSource) -> str | None:
+        return source.revision if elsewhere and _is_away(source.uri) else revision_of(source)
+
+    teacher = settings.teacher.model_copy(update={"revision": revision(settings.teacher)})
+    prompts = settings.prompts
+    if not (elsewhere and _is_away(prompts.source)):
+        prompts = prompts.model_copy(update={"sha256": source_digest(prompt_path(prompts.source))})
     further = {
-        name: source.model_copy(update={"revision": revision_of(source)})
+        name: source.model_copy(update={"revision": revision(source)})
         for name in ("second", "lora")
         if (source := getattr(settings.strategy, name)) is not None
     }
     strategy = settings.strategy.model_copy(update=further)
     changed = {"teacher": teacher, "prompts": prompts, "strategy": strategy}
-    if settings.targets.images is not None:
+    if settings.targets.images is not None and not (elsewhere and _is_away(settings.targets.images)):
         digest = sha256_folder(Path(settings.targets.images))
         changed["targets"] = settings.targets.model_copy(update={"images_sha256": digest})
     return settings.model_copy(update=changed)
+
+
+def _is_away(path: str) -> bool:
+    return Path(path).is_absolute() and not Path(path).exists()

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from teefusion.errors import NoVersionError, TrackingError
 from teefusion.settings import Settings
@@ -151,9 +151,9 @@ class Tracker:
         for name, value in tags.items():
             self._try("set_tag", name, value)
 
-    def finish(self, *, failed: bool) -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Mark the run as over."""
-        self._try("set_terminated", "FAILED" if failed else "FINISHED")
+        self._try("set_terminated", status)
 
     def close(self) -> None:
         """Say how much was lost, if anything was."""
@@ -216,6 +216,51 @@ def check_server(settings: Settings) -> None:
         raise TrackingError(
             f"{_shown(uri)}/health answered {answer.status_code}: is mlflow.tracking_uri an MLflow server?"
         )
+
+
+def check_access(settings: Settings) -> str:
+    """That the server answers and lets these credentials write; what was found. Takes requests alone, and no time.
+
+    Raises TrackingError saying what to set.
+    """
+    uri, name = tracking_uri(settings), settings.mlflow.experiment
+    check_server(settings)
+    if not uri.startswith(("http://", "https://")):
+        return _shown(uri)
+    found = _call(settings, "GET", "experiments/get-by-name", params={"experiment_name": name})
+    if found.status_code == 404:
+        made = _call(settings, "POST", "experiments/create", json={"name": name})
+        return f"{_shown(uri)}: experiment {name} made ({made.json().get('experiment_id', 'by another')})"
+    tag = {"experiment_id": found.json()["experiment"]["experiment_id"], "key": "teefusion.preflight", "value": "done"}
+    _call(settings, "POST", "experiments/set-experiment-tag", json=tag)
+    return f"{_shown(uri)}: experiment {name} can be written"
+
+
+def _call(settings: Settings, method: str, path: str, **options: Any) -> Any:
+    """An answer of MLflow's REST API, one that there is no such thing (404) too. Raises TrackingError."""
+    import requests
+
+    uri, token = tracking_uri(settings), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    login = (user or "", password or "") if user or password else None
+    try:
+        address, limit = f"{uri.rstrip('/')}/api/2.0/mlflow/{path}", settings.mlflow.timeout_s
+        answer = requests.request(method, address, headers=headers, auth=login, timeout=limit, **options)
+    except requests.RequestException as error:
+        raise TrackingError(f"MLflow at {_shown(uri)} broke off ({type(error).__name__}). Try again.") from error
+    if answer.ok or answer.status_code == 404 or "RESOURCE_ALREADY_EXISTS" in answer.text:
+        return answer
+    told = answer.text[:200].strip()
+    advice = "Look at the server's log"
+    if "Host header" in answer.text:
+        advice = "Start the server with --allowed-hosts and the name and port in mlflow.tracking_uri"
+    elif answer.status_code in (401, 403):
+        advice = (
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (on a cluster in the Secret of "
+            "cluster.mlflow_secret), of an account that may edit the experiment"
+        )
+    raise TrackingError(f"MLflow at {_shown(uri)} answered {answer.status_code} to {path}: {told}. {advice}.")
 
 
 def _shown(uri: str) -> str:

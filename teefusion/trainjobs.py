@@ -14,6 +14,7 @@ from typing import Any
 from teefusion.errors import SettingsError
 from teefusion.files import content_key
 from teefusion.settings import JOB_VARIABLE, ClusterSettings, JobStage, Settings
+from teefusion.sources import paths_of
 from teefusion.storage import is_remote, local_path
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -23,16 +24,13 @@ DIGEST = "teefusion.io/digest"
 """Annotation with which a job of other settings is told from the one that would be made now."""
 _MANAGER = "teefusion.io/launcher"
 _SHM, _SHARED = "dshm", "teefusion-shared"
-_SECRET_KEYS = {
-    "s3_secret": {"AWS_ACCESS_KEY_ID": True, "AWS_SECRET_ACCESS_KEY": True, "AWS_SESSION_TOKEN": False},
-    "mlflow_secret": {
-        "MLFLOW_TRACKING_USERNAME": False,
-        "MLFLOW_TRACKING_PASSWORD": False,
-        "MLFLOW_TRACKING_TOKEN": False,
-    },
-    "hub_secret": {"HF_TOKEN": True},
+SECRET_KEYS = {
+    "s3_secret": ("TEEFUSION_S3_ACCESS_KEY_ID", "TEEFUSION_S3_SECRET_ACCESS_KEY", "TEEFUSION_S3_SESSION_TOKEN"),
+    "mlflow_secret": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    "hub_secret": ("HF_TOKEN",),
 }
-"""Keys of each secret, which are the variables' names too, and whether a pod may not start without."""
+"""Keys of each secret, which are the variables' names too. None has to be there: a pod that starts can say what it
+lacks, and one that waits for a key cannot."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _resources(settings: Settings) -> dict[str, Any] | None:
     count = options.accelerators
     if count is None:
         count = 0 if settings.device == "cpu" else options.processes_per_node
-    memory = _given({"memory": _gibibytes(options.memory_gb)})
+    memory = _given({"memory": gibibytes(options.memory_gb)})
     devices = {options.accelerator: str(count)} if count else {}
     cpus = {"cpu": f"{options.cpus:g}"} if options.cpus else {}
     return _given({"requests": cpus | memory | devices, "limits": memory | devices}) or None
@@ -123,10 +121,10 @@ def _env(settings: Settings) -> list[dict[str, Any]]:
     options = settings.cluster
     plain = {JOB_VARIABLE: settings.to_json()} | options.env
     env: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in plain.items()]
-    for setting, keys in _SECRET_KEYS.items():
+    for setting, keys in SECRET_KEYS.items():
         secret = getattr(options, setting)
-        for key, required in keys.items() if secret else ():
-            reference = {"name": secret, "key": key} | ({} if required else {"optional": True})
+        for key in keys if secret else ():
+            reference = {"name": secret, "key": key, "optional": True}
             env.append({"name": key, "valueFrom": {"secretKeyRef": reference}})
     for key in options.config_map_keys:
         env.append({"name": key, "valueFrom": {"configMapKeyRef": {"name": options.config_map, "key": key}}})
@@ -157,7 +155,7 @@ def _volumes(options: ClusterSettings) -> tuple[list[dict[str, Any]], list[dict[
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
     if options.shm_gb:
-        volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": _gibibytes(options.shm_gb)}})
+        volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(options.shm_gb)}})
         mounts.append({"name": _SHM, "mountPath": "/dev/shm"})
     if options.volume_claim:
         volumes.append({"name": _SHARED, "persistentVolumeClaim": {"claimName": options.volume_claim}})
@@ -167,17 +165,9 @@ def _volumes(options: ClusterSettings) -> tuple[list[dict[str, Any]], list[dict[
 
 def require_reachable(settings: Settings, work: Work) -> None:
     """Raise SettingsError unless all folders that the job's pods will open are on the volume they share with us."""
-    strategy = settings.strategy
-    named = {"workdir": str(settings.workdir)} | dict(work.arguments)
-    sources = {
-        "teacher.uri": settings.teacher.uri,
-        "strategy.second.uri": strategy.second.uri if strategy.second else None,
-        "strategy.lora.uri": strategy.lora.uri if strategy.lora else None,
-    }
-    # Hub ids look like relative paths; only what is plainly a path is taken for one.
-    named |= {name: uri for name, uri in sources.items() if uri and uri.startswith(("/", "./", "../", "~"))}
-    if settings.targets.images and work.stage == "targets":
-        named["targets.images"] = settings.targets.images
+    unread = {"prompts.source"} | ({"targets.images"} if work.stage != "targets" else set())
+    sources = {name: path for name, path in paths_of(settings).items() if name not in unread}
+    named = {"workdir": str(settings.workdir)} | dict(work.arguments) | sources
     volume = settings.cluster.volume_path
     for name, uri in named.items():
         if is_remote(uri):
@@ -201,8 +191,8 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _gibibytes(value: float | None) -> str | None:
-    """Whole MiB where it is no whole GiB: a fraction may not be stored as it was sent, and so not compare equal."""
+def gibibytes(value: float | None) -> str | None:
+    """A quantity: whole MiB where it is no whole GiB, as a fraction may be stored otherwise than it was sent."""
     if value is None:
         return None
     return f"{value:.0f}Gi" if value == int(value) else f"{value * 1024:.0f}Mi"

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 from teefusion.errors import IntegrityError
 from teefusion.files import read_json, write_bytes, write_json
-from teefusion.settings import Settings
+from teefusion.settings import Settings, settings_from_json
 from teefusion.storage import join
 
 StageName = Literal["ingest", "targets", "train", "evaluate", "register"]
@@ -95,11 +95,20 @@ class Workspace:
             path.unlink(missing_ok=True)
         write_bytes(self.run / "settings.json", self.settings.to_json().encode())
 
+    def refer_to(self, pinned: Settings) -> None:
+        """Leave word of the settings that these have become, once they were pinned."""
+        write_bytes(self.run / "settings.json", pinned.to_json().encode())
+
+    def referred(self) -> Settings:
+        """The settings that these have become, or they themselves."""
+        path = self.run / "settings.json"
+        return settings_from_json(path.read_text(encoding="utf-8")) if path.exists() else self.settings
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Records of the stages that ended well, by name, in order."""
         return {name: read_json(self._record(name)) for name in STAGES if self._record(name).exists()}
 
-    def fail(self, stage: StageName, message: str, exit_code: int) -> None:
+    def fail(self, stage: str, message: str, exit_code: int) -> None:
         """Record why a stage ended, for the process that started the pipeline; the orchestrator loses exit codes."""
         write_json(self._failure, {"stage": stage, "message": message, "exit_code": exit_code})
 

@@ -170,6 +170,13 @@ class ApiServer:
         threading.Timer(self.finalizer_s, self.remove, [name]).start()
         return 200, job
 
+    def review(self, asked: dict[str, Any]) -> dict[str, Any]:
+        what = asked["spec"]["resourceAttributes"]
+        assert what["namespace"] == NAMESPACE
+        assert what["group"] == ("trainer.kubeflow.org" if what["resource"].startswith("train") else "")
+        resource = "/".join(part for part in (what["resource"], what.get("subresource")) if part)
+        return {"status": {"allowed": (what["verb"], resource) not in self.forbidden}}
+
     def listed(self, query: dict[str, str]) -> dict[str, Any]:
         name = query["fieldSelector"].removeprefix("metadata.name=")
         items = [job for key, job in self.jobs.items() if key == name]
@@ -236,6 +243,8 @@ class ApiServer:
             def _route(self, path: str, query: dict[str, str], body: bytes) -> None:
                 if "trainer.kubeflow.org" in path and not server.installed:
                     self._answer(404, "404 page not found")
+                elif path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+                    self._answer(201, server.review(json.loads(body)))
                 elif refusal := self._forbidden(path, query):
                     self._answer(403, refusal)
                 elif match := re.fullmatch(rf"{_JOBS}(?:/(.+))?", path):

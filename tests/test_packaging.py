@@ -217,7 +217,7 @@ def test_dockerfile_installs_under_the_constraints_and_by_known_extras() -> None
         name for command in installs for group in re.findall(r"\[([a-z,]+)\]", command) for name in group.split(",")
     }
     assert (
-        {"pipeline", "train", "serve", "lora", "deepspeed"}
+        {"pipeline", "steps", "train", "serve", "lora", "deepspeed"}
         == extras
         <= PROJECT["project"]["optional-dependencies"].keys()
     )

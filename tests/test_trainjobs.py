@@ -78,7 +78,6 @@ def test_everything_set_is_in_the_manifest() -> None:
     assert settings_json["name"] == JOB_VARIABLE
     assert manifest["metadata"]["annotations"].keys() == {DIGEST}
     del manifest["metadata"]["annotations"]
-    optional = {"optional": True}
     assert manifest == {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
@@ -113,12 +112,12 @@ def test_everything_set_is_in_the_manifest() -> None:
                 "env": [
                     {"name": "HF_HOME", "value": "/shared/hub"},
                     {"name": "NCCL_DEBUG", "value": "$$(WARN)"},
-                    _secret("AWS_ACCESS_KEY_ID", "s3"),
-                    _secret("AWS_SECRET_ACCESS_KEY", "s3"),
-                    _secret("AWS_SESSION_TOKEN", "s3", **optional),
-                    _secret("MLFLOW_TRACKING_USERNAME", "mlflow", **optional),
-                    _secret("MLFLOW_TRACKING_PASSWORD", "mlflow", **optional),
-                    _secret("MLFLOW_TRACKING_TOKEN", "mlflow", **optional),
+                    _secret("TEEFUSION_S3_ACCESS_KEY_ID", "s3"),
+                    _secret("TEEFUSION_S3_SECRET_ACCESS_KEY", "s3"),
+                    _secret("TEEFUSION_S3_SESSION_TOKEN", "s3"),
+                    _secret("MLFLOW_TRACKING_USERNAME", "mlflow"),
+                    _secret("MLFLOW_TRACKING_PASSWORD", "mlflow"),
+                    _secret("MLFLOW_TRACKING_TOKEN", "mlflow"),
                     _secret("HF_TOKEN", "hub"),
                     {
                         "name": "HTTPS_PROXY",
@@ -190,8 +189,8 @@ def test_everything_set_is_in_the_manifest() -> None:
     }
 
 
-def _secret(key: str, secret: str, **more: Any) -> dict[str, Any]:
-    return {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, **more}}}
+def _secret(key: str, secret: str) -> dict[str, Any]:
+    return {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
 
 
 @pytest.mark.parametrize("overrides", [FULL, SHARED, SHARED | {"cluster.shm_gb": None, "device": "cpu"}])
@@ -298,7 +297,7 @@ def test_folders_that_pods_cannot_see_are_refused(
         ({"cluster.nodes": 3}, "batch_size .* is not divisible .* cluster.nodes 3 .* = 3"),
         ({"cluster.volume_path": None}, "come together"),
         ({"cluster.volume_path": "shared"}, "is not absolute"),
-        ({"cluster.config_map": "options"}, "config_map and config_map_keys come together"),
+        ({"cluster.config_map": None, "cluster.config_map_keys": ["A"]}, "config_map_keys are keys of config_map"),
         ({"cluster.priority_class": "high"}, "takes a queue"),
         ({"cluster.env": {"PET_NNODES": "9"}}, "env sets PET_NNODES"),
         ({"cluster.env": {"HF_TOKEN": "x"}}, "env sets HF_TOKEN, which anyone could read"),

@@ -8,8 +8,16 @@ Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the pape
 
 from __future__ import annotations
 
-from teefusion.settings.cluster import ClusterSettings, JobStage, TolerationSettings
-from teefusion.settings.loading import job_settings, load_settings, presets, settings_from_json, validate_settings
+from teefusion.settings.cluster import ClusterSettings, JobStage, PipelineStep, StepSettings, TolerationSettings
+from teefusion.settings.loading import (
+    job_settings,
+    load_settings,
+    merge,
+    namespace_settings,
+    presets,
+    settings_from_json,
+    validate_settings,
+)
 from teefusion.settings.method import (
     FusionSettings,
     Inverse,
@@ -24,7 +32,7 @@ from teefusion.settings.method import (
 from teefusion.settings.run import Settings
 from teefusion.settings.section import ENV_PREFIX, JOB_VARIABLE
 from teefusion.settings.serve import ServeSettings
-from teefusion.settings.services import MlflowSettings, StorageSettings
+from teefusion.settings.services import KfpSettings, MlflowSettings, StorageSettings
 from teefusion.settings.train import TrainSettings
 from teefusion.settings.verdict import EvaluateSettings, GateSettings
 
@@ -37,11 +45,14 @@ __all__ = [
     "GateSettings",
     "Inverse",
     "JobStage",
+    "KfpSettings",
     "LegSettings",
     "MlflowSettings",
+    "PipelineStep",
     "PromptSettings",
     "ServeSettings",
     "Settings",
+    "StepSettings",
     "StorageSettings",
     "StrategySettings",
     "StudentSettings",
@@ -52,6 +63,8 @@ __all__ = [
     "WeightsSource",
     "job_settings",
     "load_settings",
+    "merge",
+    "namespace_settings",
     "presets",
     "settings_from_json",
     "validate_settings",

@@ -1,4 +1,4 @@
-"""Stages on several machines."""
+"""Stages on a cluster: steps of a pipeline, and TrainJobs over several machines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from teefusion.settings.section import JOB_VARIABLE, Section
 
 JobStage = Literal["targets", "train"]
 """The stages that may take several machines."""
+PipelineStep = Literal["preflight", "ingest", "targets", "train", "evaluate", "register", "summarize"]
+"""Steps of the pipeline, by their component."""
 # Of variables that hold secrets.
 _SECRET_ENDINGS = ("_TOKEN", "PASSWORD", "_KEY", "_KEY_ID", "_SECRET")
 
@@ -35,10 +37,28 @@ class TolerationSettings(Section):
         return self
 
 
-class ClusterSettings(Section):
-    """Training and targets as TrainJobs of Kubeflow Trainer. All of it is where and how fast, none of it what.
+class StepSettings(Section):
+    """What one step of the pipeline is given otherwise than `cluster` says. None is what `cluster` says."""
 
-    Secrets are named here, never held: their keys become variables of the pods.
+    image: str | None = None
+    cpus: float | None = Field(default=None, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+    """GiB, requested and the limit."""
+    accelerators: int | None = Field(default=None, ge=0)
+    node_selector: dict[str, str] | None = None
+    tolerations: tuple[TolerationSettings, ...] | None = None
+    shm_gb: float | None = Field(default=None, gt=0)
+    retries: int | None = Field(default=None, ge=0)
+    timeout_s: int | None = Field(default=None, gt=0)
+    """The step is ended after this long, queueing not counted."""
+
+
+class ClusterSettings(Section):
+    """Stages on Kubernetes. All of it is where and how fast, none of it what.
+
+    `nodes` and what a node has are those of a TrainJob of Kubeflow Trainer, and of the pipeline's steps that compute
+    (targets, train, evaluate) where they run in their own pod. Secrets are named here, never held: their keys become
+    variables of the pods, and a Secret that is not there gives none.
     """
 
     launcher: Literal["auto", "here", "trainjob"] = "auto"
@@ -51,7 +71,15 @@ class ClusterSettings(Section):
     """Name of the training runtime; its policy must be `torch: {}`."""
     runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
     image: str | None = None
-    """Best by digest; none is the runtime's."""
+    """Best by digest. None is the runtime's in a TrainJob, and TEEFUSION_IMAGE in the pipeline's steps."""
+    small_image: str | None = None
+    """Of the pipeline's steps that need no torch; none is `image`."""
+    steps: dict[PipelineStep, StepSettings] = Field(default_factory=dict)
+    """Single steps of the pipeline that are given something else."""
+    retries: int = Field(default=3, ge=0)
+    """How often targets, train and evaluate are tried again, which take up their work where it stopped."""
+    retry_pause_s: int = Field(default=60, gt=0)
+    """Before the first; twice as long before each further one, half an hour at most."""
     nodes: int = Field(default=1, gt=0)
     """Machines that train."""
     target_nodes: int | None = Field(default=None, gt=0)
@@ -66,6 +94,8 @@ class ClusterSettings(Section):
     """The resource as the device plugin calls it."""
     accelerators: int | None = Field(default=None, ge=0)
     """A node; none is one a process, and none at all where device is cpu."""
+    accelerator_memory_gb: float | None = Field(default=None, gt=0)
+    """Of one accelerator (GiB), for a preflight to hold its estimate against; none is as the driver here says."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes, as in `{nvidia.com/gpu.product: NVIDIA-H200}`."""
     tolerations: tuple[TolerationSettings, ...] = ()
@@ -82,15 +112,17 @@ class ClusterSettings(Section):
     service_account: str | None = None
     """Of the training pods; none is the runtime's."""
     image_pull_secrets: tuple[str, ...] = ()
-    s3_secret: str | None = None
-    """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, perhaps AWS_SESSION_TOKEN."""
-    mlflow_secret: str | None = None
+    s3_secret: str | None = "teefusion-s3"
+    """Secret with TEEFUSION_S3_ACCESS_KEY_ID and TEEFUSION_S3_SECRET_ACCESS_KEY, perhaps TEEFUSION_S3_SESSION_TOKEN."""
+    mlflow_secret: str | None = "teefusion-mlflow"
     """Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
-    hub_secret: str | None = None
+    hub_secret: str | None = "teefusion-hub"
     """Secret with HF_TOKEN."""
-    config_map: str | None = None
-    """ConfigMap of which `config_map_keys` become variables of the pods."""
+    config_map: str | None = "teefusion-settings"
+    """ConfigMap of the namespace. The pipeline's steps take from it what `NAMESPACE_VARIABLES` lists; it has the last
+    word on where things are."""
     config_map_keys: tuple[str, ...] = ()
+    """Further keys of it that become variables, of a TrainJob's pods too."""
     env: dict[str, str] = Field(default_factory=dict)
     """Further variables of the pods, such as HF_HOME or NCCL_DEBUG. No secrets: anyone can read them."""
     active_deadline_s: int | None = Field(default=None, gt=0)
@@ -124,8 +156,8 @@ class ClusterSettings(Section):
             raise ValueError("volume_claim and volume_path come together: set both or none")
         if self.volume_path is not None and not self.volume_path.is_absolute():
             raise ValueError(f"volume_path {self.volume_path} is not absolute")
-        if bool(self.config_map) != bool(self.config_map_keys):
-            raise ValueError("config_map and config_map_keys come together: set both or none")
+        if self.config_map_keys and not self.config_map:
+            raise ValueError("config_map_keys are keys of config_map: set that too")
         if self.priority_class and not self.queue:
             raise ValueError("priority_class is Kueue's, and takes a queue")
         taken = sorted(name for name in self.env if name.startswith("PET_") or name == JOB_VARIABLE)

@@ -32,8 +32,14 @@ def presets() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_settings(*, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from all sources. ``overrides`` are dotted keys (``train.steps``) from the command line.
+def load_settings(
+    *,
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    entry: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings from all sources. ``overrides`` are dotted keys (``train.steps``) from the command line; ``entry`` are
+    sections that come right below them: one teacher of a list.
 
     Raises SettingsError naming every bad key, TeacherError for a teacher that is neither preset, folder nor hub id.
     """
@@ -41,9 +47,9 @@ def load_settings(*, config: Path | None = None, overrides: Mapping[str, Any] | 
     from_config = _read_yaml(config) if config else {}
     from_command = _nest(overrides or {})
     from_env = EnvSettingsSource(Settings)()
-    merged = _merge(_merge(from_config, from_env), from_command)
+    merged = merge(merge(merge(from_config, from_env), entry or {}), from_command)
     name = _teacher_name(merged)
-    return validate_settings(_merge(_preset(name), merged))
+    return validate_settings(merge(_preset(name), merged))
 
 
 def settings_from_json(text: str) -> Settings:
@@ -62,6 +68,21 @@ def job_settings(path: Path | None) -> Settings:
     if path is None and JOB_VARIABLE not in os.environ:
         raise SettingsError(f"There are no settings: give --settings FILE, or set {JOB_VARIABLE} to their JSON.")
     return settings_from_json(path.read_text() if path else os.environ[JOB_VARIABLE])
+
+
+def namespace_settings(settings: Settings) -> Settings:
+    """The settings in a pod of a pipeline: its variables (the namespace's ConfigMap) say where things are.
+
+    Raises SettingsError where they would change what is computed: that is the run's to say.
+    """
+    given = validate_settings(merge(settings.model_dump(mode="json"), EnvSettingsSource(Settings)()))
+    if given.run_key != settings.run_key:
+        told = ", ".join(sorted(name for name in os.environ if name.startswith(ENV_PREFIX)))
+        raise SettingsError(
+            f"Variables of this pod would change what the run computes. Of {told}, take away from the ConfigMap what "
+            "does not only say where things are; give it to 'teefusion submit' instead."
+        )
+    return given
 
 
 def validate_settings(values: Mapping[str, Any]) -> Settings:
@@ -91,7 +112,7 @@ def _preset(name: str) -> dict[str, Any]:
     if name in presets():
         text = (resources.files("teefusion") / "presets" / f"{name}.yaml").read_text()
         values: dict[str, Any] = yaml.safe_load(text)
-        return _merge(values, {"teacher": {"name": name}})
+        return merge(values, {"teacher": {"name": name}})
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if Path(name).is_dir() or is_hub_id:
         return {"teacher": {"name": name, "uri": name}}
@@ -123,13 +144,13 @@ def _nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
     """``weak`` with ``strong`` laid over it, section by section; neither is changed."""
     merged = dict(weak)
     for key, value in strong.items():
         below = merged.get(key)
         both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _merge(below, value) if both and below is not None else value
+        merged[key] = merge(below, value) if both and below is not None else value
     return merged
 
 

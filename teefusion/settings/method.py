@@ -178,8 +178,10 @@ class TargetSettings(Section):
     """Whether the transformer is compiled (torch.compile): minutes at the start, faster forwards after."""
     num_processes: int = Field(default=1, gt=0)
     """Workers on this machine, one a GPU; above 1 they run under torchrun. Workers on other machines may join."""
+    shard_groups: int = Field(default=1, ge=1, le=64)
+    """Steps of the pipeline that make the set together, each with the workers above."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"images", "num_processes"})
+    operational: ClassVar[frozenset[str]] = frozenset({"images", "num_processes", "shard_groups"})
 
 
 class FusionSettings(Section):

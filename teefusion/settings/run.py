@@ -20,7 +20,7 @@ from teefusion.settings.method import (
 )
 from teefusion.settings.section import ENV_PREFIX, Section
 from teefusion.settings.serve import ServeSettings
-from teefusion.settings.services import MlflowSettings, StorageSettings
+from teefusion.settings.services import KfpSettings, MlflowSettings, StorageSettings
 from teefusion.settings.train import TrainSettings
 from teefusion.settings.verdict import EvaluateSettings, GateSettings
 
@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     storage: StorageSettings = StorageSettings()
     cluster: ClusterSettings = ClusterSettings()
     serve: ServeSettings = ServeSettings()
+    kfp: KfpSettings = KfpSettings()
 
     @classmethod
     def settings_customise_sources(

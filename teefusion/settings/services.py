@@ -1,8 +1,8 @@
-"""What a run uses around it: MLflow and object storage."""
+"""What a run uses around it: MLflow, object storage, Kubeflow Pipelines."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,3 +47,28 @@ class StorageSettings(Section):
         {"uri", "endpoint_url", "region", "addressing_style", "max_attempts", "connect_timeout_s", "read_timeout_s"}
         | {"multipart_mb", "cache_gb"}
     )
+
+
+class KfpSettings(Section):
+    """Kubeflow Pipelines, where runs are submitted. None of it changes a result.
+
+    Credentials come from kfp's own variables (KF_PIPELINES_...), or a pod's service account.
+    """
+
+    host: str | None = None
+    """`http(s)://host[:port][/pipeline]`; none is KF_PIPELINES_ENDPOINT, else the cluster of the pod or kubeconfig."""
+    ui_host: str | None = None
+    """Where people open it, for the URLs that are printed; none is `host`."""
+    namespace: str | None = None
+    """Where Kubeflow has several users; none is kfp's own setting."""
+    experiment: str = "teefusion"
+    pipeline: str = Field(default="teefusion-distill", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    """Its versions are named by their content."""
+    service_account: str | None = "teefusion-runner"
+    """Of the steps; none is Kubeflow's own."""
+    poll_s: float = Field(default=10.0, gt=0)
+    """Between two looks at a run that is waited for."""
+
+    def content(self) -> dict[str, Any]:
+        """Nothing: where a run is submitted changes no result."""
+        return {}

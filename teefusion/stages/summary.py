@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from teefusion.errors import InterruptedRunError
 from teefusion.files import write_bytes, write_json
 from teefusion.settings import Settings
 from teefusion.workspace import Workspace
@@ -14,14 +16,33 @@ from teefusion.workspace import Workspace
 log = logging.getLogger(__name__)
 
 
-def summarize(settings: Settings, *, error: str | None = None) -> dict[str, Any]:
+Outcome = Literal["registered", "rejected", "failed", "cancelled"]
+_STATUS: dict[Outcome, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "registered": "FINISHED",
+    "rejected": "FINISHED",
+    "failed": "FAILED",
+    "cancelled": "KILLED",
+}
+STOPPED = frozenset({InterruptedRunError.exit_code, 128 + signal.SIGINT, 128 + signal.SIGTERM})
+"""Exit codes of a step that was told to stop."""
+
+
+def outcome_of(workspace: Workspace, state: str) -> Outcome:
+    """What became of a run that ended in a state of Kubeflow Pipelines, which takes a stopped step for a failed one."""
+    if state == "SUCCEEDED":
+        return "registered" if "register" in workspace.records() else "rejected"
+    failure = workspace.failure()
+    return "cancelled" if state.startswith("CANCEL") or (failure and failure["exit_code"] in STOPPED) else "failed"
+
+
+def summarize(settings: Settings, *, outcome: Outcome, error: str | None = None) -> dict[str, Any]:
     """Write ``<workdir>/summary.json`` and ``report.html`` and return the summary.
 
     A stage that did not run leaves its keys null. ``error`` is the failed stage's message.
     """
     workspace = Workspace(settings)
     records = workspace.records()
-    summary = _summary(settings, records) | {"error": error}
+    summary = _summary(settings, records) | {"error": error, "outcome": outcome}
     report = Path(records["evaluate"]["output"]) / "report.html" if "evaluate" in records else None
     if report is not None and report.exists():
         write_bytes(workspace.root / "report.html", report.read_bytes())
@@ -49,7 +70,8 @@ def _track(settings: Settings, summary: dict[str, Any]) -> None:
         tracker.set_tags({"teefusion.gate": "passed" if summary["gate"]["passed"] else "failed"})
     if summary["report"]:
         tracker.log_file(Path(summary["report"]))
-    tracker.finish(failed=summary["error"] is not None)
+    tracker.set_tags({"teefusion.outcome": summary["outcome"]})
+    tracker.finish(_STATUS[summary["outcome"]])
 
 
 def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -79,6 +101,36 @@ def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str
         "report": None,
         "student": training.get("student"),
     }
+
+
+def scores_of(evaluation: dict[str, Any]) -> dict[str, float]:
+    """What a list of runs is compared by, of an evaluation's details."""
+    means = {f"score_{row}": evaluation["scores"][row]["overall"]["mean"] for row in ("teacher", "student")}
+    return means | {f"nfe_{row}": evaluation["nfe"][row] for row in ("teacher", "student")}
+
+
+def verdict_markdown(evaluation: dict[str, Any]) -> str:
+    """The verdict with its reasons and the scores by style, of an evaluation's details."""
+    gate, scores = evaluation["gate"], evaluation["scores"]
+    styles = list(scores["teacher"])
+    rows = [
+        f"| {row} | " + " | ".join(f"{scores[row][style]['mean']:.2f}" for style in styles) + " |"
+        for row in ("unguided", "teacher", "student")
+    ]
+    return "\n".join(
+        [
+            f"## Gate {'passed' if gate['passed'] else 'NOT passed'}",
+            "",
+            *(f"- {reason}" for reason in gate["reasons"]),
+            "",
+            f"| score | {' | '.join(styles)} |",
+            "| --- |" + " --- |" * len(styles),
+            *rows,
+            "",
+            f"Forwards a picture: teacher {evaluation['nfe']['teacher']:g}, student {evaluation['nfe']['student']:g}.",
+            "",
+        ]
+    )
 
 
 def summary_text(summary: dict[str, Any]) -> str:
