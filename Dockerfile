@@ -1,5 +1,6 @@
-# Two images of one code:
-#   docker build --target pipeline .   compiles and submits the pipeline; no torch
+# Three images of one code, tagged VERSION-STAGE as the chart expects them (docs/install.md):
+#   docker build --target pipeline .   compiles and submits the pipeline, and runs its light steps; no torch
+#   docker build --target serve .      the student server; no kfp
 #   docker build --target train .      runs every stage: the image of the pipeline's steps (TEEFUSION_IMAGE), and the default
 # The base is pinned to an exact version here; CI adds its digest: --build-arg PYTHON_IMAGE=python:TAG@sha256:DIGEST
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
@@ -14,21 +15,32 @@ COPY components ./components
 COPY pipelines ./pipelines
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 
-FROM ${PYTHON_IMAGE} AS pipeline
+# What runs: a user of its own, who owns nothing but the home. Kubernetes mounts whatever else is written to.
+FROM ${PYTHON_IMAGE} AS base
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN useradd --uid 1000 --user-group --create-home teefusion
 COPY constraints.txt /opt/teefusion/
+WORKDIR /home/teefusion
+
+FROM base AS pipeline
 # Arguments for pip, such as an index that has CPU builds of torch.
 ARG PIP_ARGS=""
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
     pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[pipeline]"
-WORKDIR /home/teefusion
 # A number, so that Kubernetes can check runAsNonRoot.
 USER 1000:1000
 CMD ["teefusion", "--help"]
+
+FROM base AS serve
+ARG PIP_ARGS=""
+RUN --mount=type=bind,from=build,source=/dist,target=/dist \
+    pip install ${PIP_ARGS} --constraint /opt/teefusion/constraints.txt "$(ls /dist/*.whl)[train,serve]"
+USER 1000:1000
+EXPOSE 8080
+CMD ["teefusion", "serve", "--help"]
 
 FROM pipeline AS train
 USER root

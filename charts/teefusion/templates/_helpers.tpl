@@ -1,8 +1,8 @@
-{{/* Names. 40 characters leave room for the suffixes: a CronJob's name has at most 52. */}}
+{{/* Names. 36 characters leave room for the suffixes: a CronJob's name has at most 52. */}}
 {{- define "teefusion.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- default $full .Values.fullnameOverride | trunc 36 | trimSuffix "-" -}}
 {{- end }}
 
 {{/* Name of a component's objects. Takes (dict "root" $ "component" "mlflow"), as all helpers of components do. */}}

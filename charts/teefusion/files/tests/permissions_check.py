@@ -1,7 +1,7 @@
 """What the runner's account may do, and that it may do no more. Runs with that account's token."""
 
+import os
 import sys
-from pathlib import Path
 
 from kubernetes import client, config
 
@@ -24,7 +24,7 @@ def may(namespace: str, group: str, resource: str, subresource: str, verb: str) 
 
 def main() -> None:
     config.load_incluster_config()
-    namespace = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text()
+    namespace = os.environ["NAMESPACE"]
     denied = [
         f"{verb} {'/'.join(filter(None, (resource, subresource)))}"
         for group, resource, subresource, verbs in ALLOWED
@@ -32,7 +32,9 @@ def main() -> None:
         if not may(namespace, group, resource, subresource, verb)
     ]
     if denied:
-        sys.exit(f"the runner's account may not: {', '.join(denied)}. Set runner.rbac.create=true, or bind a Role to it.")
+        sys.exit(
+            f"the runner's account may not: {', '.join(denied)}. Set runner.rbac.create=true, or bind a Role to it."
+        )
     if may("kube-system", "", "secrets", "", "get"):
         sys.exit("the runner's account may read secrets of kube-system: a binding outside this chart gives too much.")
     print("the runner's account has its permissions in this namespace, and none outside")
