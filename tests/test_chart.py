@@ -577,11 +577,27 @@ def test_no_secret_shows(release: Release) -> None:
                 assert "secretKeyRef" in variable["valueFrom"], variable
 
 
-def test_no_variable_is_named_twice(release: Release) -> None:
+def test_users_can_be_left_to_the_cluster() -> None:
+    for pod in render(merged(FILES["dev"], {"security": {"runAsUser": None}})).pods:
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & pod.spec["securityContext"].keys()
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True
+
+
+def test_nothing_that_helm_4_merges_by_its_name_is_there_twice(release: Release) -> None:
+    def is_unique(things: list[Json], key: str) -> bool:
+        names = [thing[key] for thing in things]
+        return len(names) == len(set(names))
+
     for pod in release.pods:
+        assert is_unique(pod.containers, "name")
+        assert is_unique(pod.spec.get("volumes", []), "name")
         for container in pod.containers:
-            names = [variable["name"] for variable in container.get("env", [])]
-            assert len(names) == len(set(names)), pod.owner
+            assert is_unique(container.get("env", []), "name"), pod.owner
+            assert is_unique(container["volumeMounts"], "mountPath"), pod.owner
+            assert is_unique(container.get("ports", []), "containerPort")
+
+
+def test_variables_of_values_replace_the_charts() -> None:
     twice = render({"mlflow": {"extraEnv": {"HOME": "/elsewhere", "AWS_ACCESS_KEY_ID": "mine"}}})
     pod = twice.pod("Deployment/teefusion-mlflow")
     homes = [variable for name, variable in pod.variables if name == "mlflow" and variable["name"] == "HOME"]
@@ -698,7 +714,7 @@ def test_dashboards_and_alerts_name_what_mlflow_exports(tmp_path: Path, monkeypa
 def test_dashboards_and_alerts_name_what_the_student_server_exports() -> None:
     metrics = pytest.importorskip("teefusion.serving.metrics", reason="there is no student server yet")
     known = metrics.Metrics()
-    known.requests.labels("200")
+    known.finished(200, 1.0)
     known.serving("name", "1", "digest")
     asked = _queries("teefusion")
     assert "teefusion_requests_total" in asked

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,6 +177,21 @@ def test_mlflow_as_the_chart_starts_it_passes_the_charts_own_tests(mlflow_server
     assert "Invalid Host header" in refused.stderr
     status = _status(f"http://127.0.0.1:{mlflow_server['PORT']}/metrics", f"10.1.2.3:{mlflow_server['PORT']}")
     assert status == 200  # by the pod's address, with credentials
+
+
+@pytest.mark.slow
+def test_replicas_that_start_together_take_turns_at_the_database(tmp_path: Path) -> None:
+    postgres = pytest.importorskip("tests.postgres", reason="there is no PostgreSQL for tests yet")
+    if why := postgres.missing():
+        pytest.skip(why)
+    with postgres.postgres_server() as server:
+        variables = {"MLFLOW_BACKEND_STORE_URI": postgres.database(server, "mlflow"), "DEFAULT_PERMISSION": "READ"}
+        auth = [tmp_path / f"{replica}.ini" for replica in range(3)]
+        with ThreadPoolExecutor(len(auth)) as pool:
+            done = list(
+                pool.map(lambda path: _run("mlflow/prepare.py", **variables, MLFLOW_AUTH_CONFIG_PATH=str(path)), auth)
+            )
+        assert [one.returncode for one in done] == [0] * len(auth), "".join(one.stderr[-2000:] for one in done)
 
 
 def _status(url: str, host: str) -> int:

@@ -51,7 +51,8 @@ labels:
 {{/* What all pods have: no token unless "token" is given, the restricted standard, and where they may run.
      Takes root, values (with the scheduling options), and perhaps serviceAccount, token, user. */}}
 {{- define "teefusion.pod" -}}
-{{- $user := .user | default .root.Values.security.runAsUser -}}
+{{- $ours := .root.Values.security.runAsUser -}}
+{{- $user := ternary nil (default $ours .user) (empty $ours) -}}
 automountServiceAccountToken: {{ .token | default false }}
 {{- with .serviceAccount }}
 serviceAccountName: {{ . }}

@@ -26,6 +26,9 @@ containers:
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       - {name: files, mountPath: /etc/teefusion, readOnly: true}
+      {{- with include "teefusion.workspace.claim" .root }}
+      - {name: workspace, mountPath: {{ $.root.Values.workspace.mountPath }}}
+      {{- end }}
       {{- if $values.token.enabled }}
       - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
       {{- end }}
@@ -33,6 +36,11 @@ volumes:
   - {name: tmp, emptyDir: {}}
   - name: files
     configMap: {name: {{ include "teefusion.componentName" (dict "root" .root "component" "pipelines") }}}
+  {{- with include "teefusion.workspace.claim" .root }}
+  # Prompt files that settings name are there.
+  - name: workspace
+    persistentVolumeClaim: {claimName: {{ . }}}
+  {{- end }}
   {{- if $values.token.enabled }}
   - name: token
     projected:
