@@ -25,8 +25,8 @@ Json = dict[str, Any]
 
 
 @functools.cache
-def chart() -> helm_python.Chart:
-    return helm_python.Chart.load(CHART)
+def chart(path: Path = CHART) -> helm_python.Chart:
+    return helm_python.Chart.load(path)
 
 
 def values_of(path: Path) -> Json:
@@ -141,9 +141,9 @@ def _pod_template(thing: Json) -> Json | None:
     return template
 
 
-def render(values: Mapping[str, Any], *, name: str = RELEASE, namespace: str = NAMESPACE) -> Release:
+def render(values: Mapping[str, Any], *, name: str = RELEASE, path: Path = CHART) -> Release:
     """By Helm 4. Raises helm_python's errors."""
-    return _release(chart().render(dict(values), name=name, namespace=namespace))
+    return _release(chart(path).render(dict(values), name=name, namespace=NAMESPACE))
 
 
 def _release(rendered: Mapping[str, str]) -> Release:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -267,9 +268,12 @@ def test_notes_name_what_is_missing_and_what_comes_next() -> None:
 # --- parts that refer to each other ----------------------------------------------------------------------------------
 
 
-def test_names_are_unique_and_short_enough(release: Release) -> None:
+def test_names_are_unique(release: Release) -> None:
     names = [(thing["kind"], thing["metadata"]["name"]) for thing in release.objects]
     assert len(names) == len(set(names))
+
+
+def test_names_are_short_enough_of_the_longest_release() -> None:
     long = render(FILES["production"], name="a-release-whose-name-is-as-long-as-helm-lets-it-be-53")
     for thing in long.objects:
         assert len(thing["metadata"]["name"]) <= (52 if thing["kind"] == "CronJob" else 63)
@@ -483,6 +487,16 @@ def test_the_runner_may_no_more_than_it_needs(release: Release) -> None:
         }
     assert not release.of("ClusterRole")
     assert not release.of("ClusterRoleBinding")
+
+
+def test_a_newer_chart_alone_rolls_nothing(releases: dict[str, Release], tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "teefusion")
+    metadata = values_of(CHART / "Chart.yaml")
+    (tmp_path / "teefusion" / "Chart.yaml").write_text(yaml.safe_dump(metadata | {"version": "99.0.0"}))
+    newer = render(FILES["dev"], path=tmp_path / "teefusion")
+    assert [pod for pod in newer.pods if not pod.owner.startswith("Pod/")] == [
+        pod for pod in releases["dev"].pods if not pod.owner.startswith("Pod/")
+    ]
 
 
 def test_a_changed_setting_rolls_the_pods_that_read_it_and_no_others() -> None:

@@ -27,6 +27,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end }}
 
+{{/* Of pods: nothing that changes with the chart's version, or each upgrade would start everything again. */}}
+{{- define "teefusion.podLabels" -}}
+{{ include "teefusion.selectorLabels" . }}
+app.kubernetes.io/part-of: teefusion
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* metadata of an object: name (the component's, unless given), namespace, labels. */}}
 {{- define "teefusion.metadata" -}}
 name: {{ .name | default (include "teefusion.componentName" .) }}
@@ -57,7 +66,7 @@ automountServiceAccountToken: {{ .token | default false }}
 {{- with .serviceAccount }}
 serviceAccountName: {{ . }}
 {{- end }}
-# Else each Service of the namespace became variables, such as TEEFUSION_MLFLOW_PORT.
+{{- /* Else each Service of the namespace became variables, such as TEEFUSION_MLFLOW_PORT. */}}
 enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:

@@ -21,7 +21,7 @@ spec:
       {{- end }}
       {{- with .env }}
       env:
-        {{- include "teefusion.env" . | nindent 8 }}
+        {{- include "teefusion.env" . | trim | nindent 8 }}
       {{- end }}
       securityContext:
         {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
