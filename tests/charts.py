@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import json
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +139,7 @@ def _pod_template(thing: Json) -> Json | None:
 
 def render(values: Mapping[str, Any], *, name: str = RELEASE, path: Path = CHART) -> Release:
     """By Helm 4. Raises helm_python's errors."""
-    return _release(chart(path).render(dict(values), name=name, namespace=NAMESPACE))
-
-
-def _release(rendered: Mapping[str, str]) -> Release:
+    rendered = chart(path).render(dict(values), name=name, namespace=NAMESPACE)
     return Release(
         found for file, text in rendered.items() if not file.endswith("NOTES.txt") for found in documents(text)
     )
@@ -190,60 +183,3 @@ def without_generated(thing: Any) -> Any:
     if isinstance(thing, list):
         return [without_generated(value) for value in thing]
     return re.sub(r"[A-Za-z0-9]{20,64}", "GENERATED", thing) if isinstance(thing, str) else thing
-
-
-class SecretsServer:
-    """A Kubernetes API server with a namespace of Secrets, which Helm's `lookup` asks for."""
-
-    def __init__(self) -> None:
-        self.secrets: dict[str, dict[str, str]] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-
-    def __enter__(self) -> SecretsServer:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def render(self, values: Mapping[str, Any], *, namespace: str = NAMESPACE) -> Release:
-        """As an upgrade on this cluster."""
-        url = f"http://127.0.0.1:{self._server.server_port}"
-        kubeconfig = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "test", "cluster": {"server": url}}],
-            "users": [{"name": "test", "user": {}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-            "current-context": "test",
-        }
-        with helm_python.Config(kubeconfig_content=json.dumps(kubeconfig), namespace=namespace) as config:
-            return _release(config.render(chart(), dict(values), name=RELEASE, namespace=namespace, is_upgrade=True))
-
-    def _answer(self, path: str) -> Json | None:
-        if path == "/api/v1":
-            secrets = {"name": "secrets", "singularName": "secret", "namespaced": True, "kind": "Secret"}
-            return {"kind": "APIResourceList", "groupVersion": "v1", "resources": [secrets | {"verbs": ["get"]}]}
-        namespace, _, name = path.removeprefix("/api/v1/namespaces/").partition("/secrets/")
-        if namespace != NAMESPACE or name not in self.secrets:
-            return None
-        data = {key: base64.b64encode(value.encode()).decode() for key, value in self.secrets[name].items()}
-        return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
-
-    def _handler(outer) -> type[BaseHTTPRequestHandler]:  # noqa: N805  # `self` is the request's
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                found = outer._answer(self.path.partition("?")[0])
-                missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-                body = json.dumps(found or missing).encode()
-                self.send_response(200 if found else 404)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                """Quiet."""
-
-        return Handler

@@ -28,7 +28,6 @@ from tests.charts import (
     RELEASE,
     Json,
     Release,
-    SecretsServer,
     chart,
     fetch_helm3,
     merged,
@@ -40,6 +39,7 @@ from tests.charts import (
     values_of,
     without_generated,
 )
+from tests.helm_cluster import HelmCluster
 
 ROOT = CHART.parents[1]
 FILES = {path.stem: values_of(path) for path in sorted((CHART / "ci").glob("*.yaml"))}
@@ -510,16 +510,35 @@ def test_a_changed_setting_rolls_the_pods_that_read_it_and_no_others() -> None:
     assert changed == {"Deployment/teefusion-serve"}
 
 
-def test_upgrades_keep_generated_secrets() -> None:
-    with SecretsServer() as server:
-        first = server.render({})
-        server.secrets = {one["metadata"]["name"]: one["stringData"] for one in first.of("Secret")}
-        second = server.render({"mlflow": {"replicas": 2}})
-        elsewhere = server.render({}, namespace="other")
-    assert [one["stringData"] for one in second.of("Secret")] == [one["stringData"] for one in first.of("Secret")]
-    assert len(first.of("Secret")) == 4
-    password = elsewhere.one("Secret", "teefusion-mlflow")["stringData"]["MLFLOW_TRACKING_PASSWORD"]
-    assert password != server.secrets["teefusion-mlflow"]["MLFLOW_TRACKING_PASSWORD"]
+# --- installed, by Helm 4, on a double -------------------------------------------------------------------------------
+
+
+def test_a_release_is_installed_upgraded_tested_rolled_back_and_removed() -> None:
+    values, changed = FILES["dev"], merged(FILES["dev"], {"settings": {"values": {"train": {"steps": 7}}}})
+    with HelmCluster(NAMESPACE) as cluster:
+        helm = cluster.helm
+        assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
+        # What is `auto` follows the APIs that are there.
+        assert cluster.names("TrainingRuntime") == {"teefusion-torch"}
+        assert cluster.names("ServiceMonitor") == {"teefusion-mlflow", "teefusion-serve"}
+        secrets = {name: cluster.secret(name) for name in cluster.names("Secret")}
+        assert len(secrets) == 4
+        installed = json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"])
+
+        assert helm.upgrade(chart(), RELEASE, changed)["status"] == "deployed"
+        assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets
+        assert cluster.things["ConfigMap", "teefusion-settings"]["data"]["TEEFUSION_TRAIN__STEPS"] == "7"
+        assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) != installed
+        helm.test(RELEASE)
+        assert cluster.names("Pod") == set()  # done, and gone
+        helm.rollback(RELEASE)
+        assert "TEEFUSION_TRAIN__STEPS" not in cluster.things["ConfigMap", "teefusion-settings"]["data"]
+        assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) == installed
+
+        helm.uninstall(RELEASE)
+        assert {kind for kind, _ in cluster.things} == {"Secret", "PersistentVolumeClaim"}
+        assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
+        assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets
 
 
 # --- policy ----------------------------------------------------------------------------------------------------------
