@@ -183,3 +183,25 @@ def without_generated(thing: Any) -> Any:
     if isinstance(thing, list):
         return [without_generated(value) for value in thing]
     return re.sub(r"[A-Za-z0-9]{20,64}", "GENERATED", thing) if isinstance(thing, str) else thing
+
+
+FILES = {path.stem: values_of(path) for path in sorted((CHART / "ci").glob("*.yaml"))}
+# What a switch asks for beside itself.
+COMPANIONS: dict[str, Json] = {
+    "mlflow.enabled": {"mlflow": {"externalUrl": "http://mlflow.example.com"}, "postgresql": {"enabled": False}},
+    "mlflow.ingress.enabled": {"mlflow": {"ingress": {"host": "mlflow.example.com"}}},
+    "postgresql.enabled": {"mlflow": {"database": {"existingSecret": "database"}}},
+    "seaweedfs.enabled": {"s3": {"existingSecret": "teefusion-s3", "endpointUrl": "https://s3.example.com"}},
+    "serve.enabled": {"serve": {"model": "models:/teefusion-shapes@champion"}},
+    "serve.autoscaling.enabled": {"serve": {"enabled": True, "model": "models:/x@champion"}},
+    "serve.ingress.enabled": {"serve": {"enabled": True, "model": "models:/x@champion", "ingress": {"host": "x.org"}}},
+    "pipelines.resubmit.enabled": {"pipelines": {"resubmit": {"teachers": [{"teacher": "shapes"}]}}},
+    "pipelines.token.enabled": {"pipelines": {"publish": {"enabled": True}}},
+    "training.queue.enabled": {"training": {"queue": {"clusterQueue": "gpu"}}},
+}
+FLIPPED = {
+    f"{path}={str(not_now).lower()}": merged(nested(path, not_now), COMPANIONS.get(path, {}))
+    for path, default in switches()
+    for not_now in ([True, False] if default == "auto" else [not default])
+}
+CASES = {"defaults": {}, **FILES, **FLIPPED}
