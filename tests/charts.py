@@ -186,18 +186,26 @@ def without_generated(thing: Any) -> Any:
 
 
 FILES = {path.stem: values_of(path) for path in sorted((CHART / "ci").glob("*.yaml"))}
+_INGRESS = {"enabled": True, "host": "x.example.com"}
+_SERVE = {"enabled": True, "model": "models:/teefusion-shapes@champion"}
 # What a switch asks for beside itself.
 COMPANIONS: dict[str, Json] = {
     "mlflow.enabled": {"mlflow": {"externalUrl": "http://mlflow.example.com"}, "postgresql": {"enabled": False}},
     "mlflow.ingress.enabled": {"mlflow": {"ingress": {"host": "mlflow.example.com"}}},
+    "mlflow.ingress.tls.enabled": {"mlflow": {"ingress": _INGRESS}},
+    "mlflow.metrics.enabled": {"monitoring": {"enabled": True}},
     "postgresql.enabled": {"mlflow": {"database": {"existingSecret": "database"}}},
     "seaweedfs.enabled": {"s3": {"existingSecret": "teefusion-s3", "endpointUrl": "https://s3.example.com"}},
-    "serve.enabled": {"serve": {"model": "models:/teefusion-shapes@champion"}},
-    "serve.autoscaling.enabled": {"serve": {"enabled": True, "model": "models:/x@champion"}},
-    "serve.ingress.enabled": {"serve": {"enabled": True, "model": "models:/x@champion", "ingress": {"host": "x.org"}}},
+    "serve.enabled": {"serve": _SERVE},
+    "serve.autoscaling.enabled": {"serve": _SERVE},
+    "serve.metrics.enabled": {"serve": _SERVE, "monitoring": {"enabled": True}},
+    "serve.ingress.enabled": {"serve": _SERVE | {"ingress": {"host": "x.example.com"}}},
+    "serve.ingress.tls.enabled": {"serve": _SERVE | {"ingress": _INGRESS}},
     "pipelines.resubmit.enabled": {"pipelines": {"resubmit": {"teachers": [{"teacher": "shapes"}]}}},
+    "pipelines.resubmit.suspend": {"pipelines": {"resubmit": {"enabled": True, "teachers": [{"teacher": "shapes"}]}}},
     "pipelines.token.enabled": {"pipelines": {"publish": {"enabled": True}}},
     "training.queue.enabled": {"training": {"queue": {"clusterQueue": "gpu"}}},
+    "monitoring.rules.enabled": {"monitoring": {"enabled": True}},
 }
 FLIPPED = {
     f"{path}={str(not_now).lower()}": merged(nested(path, not_now), COMPANIONS.get(path, {}))

@@ -17,11 +17,15 @@ from teefusion.trainjobs import NODE
 from tests.charts import (
     CASES,
     CHART,
+    COMPANIONS,
     FILES,
-    FLIPPED,
     Release,
     fetch_helm3,
+    merged,
+    nested,
+    render,
     render_by_helm3,
+    switches,
     without_generated,
 )
 
@@ -93,8 +97,12 @@ def test_runtime_is_rendered_where_the_api_is_or_on_request(releases: dict[str, 
     assert releases["training.runtime.enabled=false"].of("TrainingRuntime") == []
 
 
-def test_a_switch_changes_what_is_rendered(releases: dict[str, Release]) -> None:
-    unchanged = {"monitoring.enabled=false", "training.runtime.enabled=false"}  # off already, where no API is
-    needs_more = {path for path in FLIPPED if path.split("=")[0].endswith(("suspend", "tls.enabled", "rules.enabled"))}
-    for name in FLIPPED.keys() - unchanged - needs_more - {"serve.metrics.enabled=false"}:
-        assert _sorted(releases[name]) != _sorted(releases["defaults"]), name
+def test_each_switch_changes_what_is_rendered(releases: dict[str, Release]) -> None:
+    for path, default in switches():
+        if default == "auto":
+            continue
+        try:
+            unflipped = render(merged(COMPANIONS.get(path, {}), nested(path, default)))
+        except helm_python.HelmError:  # what goes with the flipped switch alone
+            unflipped = releases["defaults"]
+        assert _sorted(releases[f"{path}={str(not default).lower()}"]) != _sorted(unflipped), path
