@@ -48,6 +48,7 @@ def test_settings_are_those_of_the_values(
     assert cluster.queue == ("teefusion" if values["training"]["queue"]["enabled"] else None)
     assert (cluster.volume_claim, str(cluster.volume_path)) == ("teefusion-work", "/shared")
     assert settings.workdir.is_relative_to("/shared")
+    assert values["settings"]["env"].items() <= release.one("ConfigMap", "teefusion-settings")["data"].items()
 
 
 def _assert_holds(settings: Settings, values: Json) -> None:

@@ -51,5 +51,5 @@ cluster:
 {{- $_ := set $data $name (toJson $value) -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml $data -}}
+{{- toYaml (merge $data .Values.settings.env) -}}
 {{- end }}
