@@ -18,7 +18,7 @@ INSTALLED_DEEPSPEED := $(VENV)/.installed-deepspeed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install install-dev deepspeed test test-slow test-zero lint format wheel clean
+.PHONY: help demo install install-dev deepspeed test test-slow test-zero lint format chart-readme wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ lint: $(INSTALLED_DEV)  ## Check style, format and types
 format: $(INSTALLED_DEV)  ## Put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chart-readme: $(INSTALLED_DEV)  ## Write the chart's README.md from its values.yaml
+	$(BIN)/python charts/readme.py
 
 wheel: $(INSTALLED_DEV)  ## Build the wheel into dist/
 	rm -rf build dist

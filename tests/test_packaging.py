@@ -188,9 +188,24 @@ def test_dockerfile_copies_only_what_exists_and_enters_the_context() -> None:
 
 
 def test_dockerfile_ends_each_running_stage_as_a_numeric_user() -> None:
-    for stage in ("pipeline", "train"):
+    for stage in ("pipeline", "train", "serve"):
         users = [arguments for instruction, arguments in _stages()[stage] if instruction == "USER"]
         assert users[-1] == "1000:1000", stage
+
+
+def test_dockerfile_gives_its_user_the_folder_it_starts_in() -> None:
+    base = _stages()["base"]
+    (made,) = (re.search(r"useradd --uid 1000 .*--create-home (\w+)", text) for kind, text in base if kind == "RUN")
+    assert made is not None
+    assert ("WORKDIR", f"/home/{made[1]}") in base
+    everything_else = [stage for name, stage in _stages().items() if name not in ("build", "base")]
+    assert not [text for stage in everything_else for kind, text in stage if kind in ("WORKDIR", "VOLUME", "COPY")]
+
+
+def test_dockerfile_has_the_stages_that_the_chart_and_the_pipeline_name() -> None:
+    templates = [path.read_text() for path in (ROOT / "charts" / "teefusion" / "templates").rglob("*.*")]
+    named = {stage for text in templates for stage in re.findall(r'"stage" "(\w+)"', text)}
+    assert named == {"pipeline", "train", "serve"} <= _stages().keys()
 
 
 def test_dockerfile_pins_its_base_image() -> None:
@@ -338,7 +353,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cle
     shutil.rmtree(folder)  # with torch in it, too large for pytest to keep
 
 
-# The three below share an environment, and each adds to it: their order is part of the test.
+# The four below share an environment, and each adds to it: their order is part of the test.
 @pytest.mark.slow
 def test_wheel_answers_with_its_core_alone(clean: CleanEnvironment) -> None:
     assert clean.teefusion("--version").split()[-1] == PROJECT["project"]["version"]
@@ -365,8 +380,19 @@ def test_wheel_compiles_the_pipeline_without_torch(clean: CleanEnvironment, whee
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_wheel_serves_with_the_extras_of_its_image(clean: CleanEnvironment, wheel: Path) -> None:
+    clean.install(wheel, "[train,serve]")
+    if clean.python("import importlib.util as u; print(u.find_spec('teefusion.serving'))").strip() == "None":
+        pytest.skip("there is no student server yet")
+    assert "--help" in clean.teefusion("serve", "--help")
+    clean.python("import teefusion.serving.server")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_wheel_runs_the_pipeline_from_an_empty_folder(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[pipeline,train]")
+    clean.install(wheel, "[pipeline,train,lora]")  # all of the image's but DeepSpeed, for which see `make test-zero`
+    clean.python("import teefusion.training, teefusion.distillation, peft")
     tiny = {
         "TEEFUSION_STRATEGY__NUM_STEPS": "4",
         "TEEFUSION_TARGETS__TRAJECTORIES": "8",

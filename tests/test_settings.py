@@ -58,6 +58,22 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         load_settings()
 
 
+def test_variables_that_kubernetes_makes_of_services_are_not_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_5000_TCP", "PORT_5000_TCP_ADDR"):
+        monkeypatch.setenv(f"TEEFUSION_MLFLOW_{name}", "10.0.0.1")
+    assert load_settings().mlflow.tracking_uri is None
+    monkeypatch.setenv("TEEFUSION_SERV__PORT", "1")
+    with pytest.raises(SettingsError, match="TEEFUSION_SERV__PORT"):
+        load_settings()
+
+
+def test_numbers_can_be_set_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEEFUSION_TRAIN__ZERO_STAGE", "2")
+    monkeypatch.setenv("TEEFUSION_TRAIN__LEARNING_RATE", "0.5")
+    train = load_settings().train
+    assert (train.zero_stage, train.learning_rate) == (2, 0.5)
+
+
 def test_an_unknown_teacher_is_refused_with_the_presets() -> None:
     with pytest.raises(TeacherError, match="no preset .*shapes.*no folder, and no hub id"):
         load_settings(overrides={"teacher.name": "shape"})

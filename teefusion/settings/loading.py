@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,10 @@ from teefusion.settings.section import ENV_PREFIX, JOB_VARIABLE, Section
 _OTHER_VARIABLES = frozenset(
     {"TEEFUSION_IMAGE", "TEEFUSION_COMMIT", "TEEFUSION_PROGRESS_TTY", JOB_VARIABLE}
     | {f"TEEFUSION_S3_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
+)
+# What Kubernetes tells pods of Services, such as the chart's `teefusion-mlflow`: TEEFUSION_MLFLOW_PORT_5000_TCP.
+_SERVICE_VARIABLE = re.compile(
+    r"[A-Z0-9]+(_[A-Z0-9]+)*_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)"
 )
 
 
@@ -157,7 +162,11 @@ def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown_variables() -> None:
     """pydantic-settings ignores misspelt variables; a run that silently trains with a default is worse than none."""
     known = {ENV_PREFIX + name.upper() for name in _variable_names()} | _OTHER_VARIABLES
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(ENV_PREFIX) and name.upper() not in known and not _SERVICE_VARIABLE.fullmatch(name)
+    )
     if unknown:
         raise SettingsError(
             f"Unknown variable{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}: no setting has that name. "

@@ -35,7 +35,7 @@ class TrainSettings(Section):
     """`adamw_8bit` keeps its states in 8 bits, by the library bitsandbytes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; master weights are float32."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO: 0 is plain data parallel, 1 shares the optimizer's states among the ranks, 2 gradients too, 3
     weights too. The same steps are taken, but for rounding."""
     offload: bool = False

@@ -1,0 +1,212 @@
+{{/* Names. 36 characters leave room for the suffixes: a CronJob's name has at most 52. */}}
+{{- define "teefusion.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- default $full .Values.fullnameOverride | trunc 36 | trimSuffix "-" -}}
+{{- end }}
+
+{{/* Name of a component's objects. Takes (dict "root" $ "component" "mlflow"), as all helpers of components do. */}}
+{{- define "teefusion.componentName" -}}
+{{- printf "%s-%s" (include "teefusion.fullname" .root) .component -}}
+{{- end }}
+
+{{- define "teefusion.selectorLabels" -}}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "teefusion.labels" -}}
+{{ include "teefusion.selectorLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: teefusion
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Of pods: nothing that changes with the chart's version, or each upgrade would start everything again. */}}
+{{- define "teefusion.podLabels" -}}
+{{ include "teefusion.selectorLabels" . }}
+app.kubernetes.io/part-of: teefusion
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* metadata of an object: name (the component's, unless given), namespace, labels. */}}
+{{- define "teefusion.metadata" -}}
+name: {{ .name | default (include "teefusion.componentName" .) }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "teefusion.labels" . | nindent 2 }}
+{{- end }}
+
+{{/* An image from its values. */}}
+{{- define "teefusion.imageOf" -}}
+{{- $name := ternary .repository (printf "%s/%s" .registry .repository) (empty .registry) -}}
+{{- ternary (printf "%s@%s" $name .digest) (printf "%s:%s" $name .tag) (not (empty .digest)) -}}
+{{- end }}
+
+{{/* Our image of a Dockerfile stage: pipeline, train or serve. Takes (dict "root" $ "stage" "train"). */}}
+{{- define "teefusion.image" -}}
+{{- $image := .root.Values.image -}}
+{{- $tag := printf "%s-%s" (default .root.Chart.AppVersion $image.tag) .stage -}}
+{{- include "teefusion.imageOf" (dict "registry" $image.registry "repository" $image.repository "tag" $tag "digest" (index $image.digests .stage)) -}}
+{{- end }}
+
+{{/* What all pods have: no token unless "token" is given, the restricted standard, and where they may run.
+     Takes root, values (with the scheduling options), and perhaps serviceAccount, token, user. */}}
+{{- define "teefusion.pod" -}}
+{{- $ours := .root.Values.security.runAsUser -}}
+{{- $user := ternary nil (default $ours .user) (empty $ours) -}}
+automountServiceAccountToken: {{ .token | default false }}
+{{- with .serviceAccount }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- /* Else each Service of the namespace became variables, such as TEEFUSION_MLFLOW_PORT. */}}
+enableServiceLinks: false
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  {{- with $user }}
+  runAsUser: {{ . }}
+  runAsGroup: {{ . }}
+  fsGroup: {{ . }}
+  fsGroupChangePolicy: OnRootMismatch
+  {{- end }}
+  seccompProfile:
+    type: RuntimeDefault
+{{- range $option := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" }}
+{{- with index $.values $option }}
+{{ $option }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "teefusion.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* Variables from a map of name to value, or to a source such as {secretKeyRef: ...}: a map has no name twice. */}}
+{{- define "teefusion.env" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  {{- if kindIs "map" $value }}
+  valueFrom:
+    {{- toYaml $value | nindent 4 }}
+  {{- else }}
+  value: {{ $value | toString | quote }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* {NAME: {secretKeyRef: ...}} for variables that are called as the keys of a Secret. */}}
+{{- define "teefusion.secretEnv" -}}
+{{- $secret := .secret -}}
+{{- range .keys }}
+{{ . }}: {secretKeyRef: {name: {{ $secret | quote }}, key: {{ . }}}}
+{{- end }}
+{{- range .optional }}
+{{ . }}: {secretKeyRef: {name: {{ $secret | quote }}, key: {{ . }}, optional: true}}
+{{- end }}
+{{- end }}
+
+{{/* The value that a Secret of ours has already, else a new one: an upgrade changes no password.
+     Takes root, name, key, length. */}}
+{{- define "teefusion.generated" -}}
+{{- $found := lookup "v1" "Secret" .root.Release.Namespace .name -}}
+{{- $data := (default dict $found).data | default dict -}}
+{{- ternary (index $data .key | default "" | b64dec) (randAlphaNum (int .length)) (hasKey $data .key) -}}
+{{- end }}
+
+{{/* "true" where something is switched on, or is "auto" and the cluster has its API. Takes root, value, api. */}}
+{{- define "teefusion.wanted" -}}
+{{- if or (eq (toString .value) "true") (and (eq (toString .value) "auto") (.root.Capabilities.APIVersions.Has .api)) -}}
+true
+{{- end -}}
+{{- end }}
+
+{{/* Where things are, for settings, pods and notes. */}}
+
+{{- define "teefusion.s3.endpoint" -}}
+{{- if .Values.seaweedfs.enabled -}}
+http://{{ include "teefusion.componentName" (dict "root" . "component" "seaweedfs") }}.{{ .Release.Namespace }}.svc:8333
+{{- else -}}
+{{ .Values.s3.endpointUrl }}
+{{- end -}}
+{{- end }}
+
+{{/* Name of the Secret with S3's credentials; empty where pods have a role instead. */}}
+{{- define "teefusion.s3.secret" -}}
+{{- if or .Values.s3.existingSecret .Values.seaweedfs.enabled -}}
+{{ default "teefusion-s3" .Values.s3.existingSecret }}
+{{- end -}}
+{{- end }}
+
+{{- define "teefusion.s3.uri" -}}
+s3://{{ .Values.s3.bucket }}{{ with .Values.s3.prefix }}/{{ trimAll "/" . }}{{ end }}
+{{- end }}
+
+{{- define "teefusion.mlflow.url" -}}
+{{- if .Values.mlflow.enabled -}}
+http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow") }}.{{ .Release.Namespace }}.svc:5000
+{{- else -}}
+{{ .Values.mlflow.externalUrl }}
+{{- end -}}
+{{- end }}
+
+{{/* Name of the Secret with MLflow's credentials; empty where it asks for none. */}}
+{{- define "teefusion.mlflow.secret" -}}
+{{- if or .Values.mlflow.auth.existingSecret (and .Values.mlflow.enabled .Values.mlflow.auth.enabled) -}}
+{{ default "teefusion-mlflow" .Values.mlflow.auth.existingSecret }}
+{{- end -}}
+{{- end }}
+
+{{- define "teefusion.workspace.claim" -}}
+{{- if .Values.workspace.enabled -}}{{ default "teefusion-work" .Values.workspace.existingClaim }}{{- end -}}
+{{- end }}
+
+{{- define "teefusion.modelCache.claim" -}}
+{{- if .Values.modelCache.enabled -}}{{ default "teefusion-models" .Values.modelCache.existingClaim }}{{- end -}}
+{{- end }}
+
+{{/* Variables with which a client finds S3, MLflow and the hub: references to Secrets, by the names pods know. */}}
+{{- define "teefusion.clientEnv" -}}
+{{- with include "teefusion.s3.secret" . }}
+{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "TEEFUSION_S3_ACCESS_KEY_ID" "TEEFUSION_S3_SECRET_ACCESS_KEY") "optional" (list "TEEFUSION_S3_SESSION_TOKEN")) }}
+{{- end }}
+{{- with include "teefusion.mlflow.secret" . }}
+{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD")) }}
+{{- end }}
+{{- with .Values.hub.existingSecret }}
+{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "HF_TOKEN")) }}
+{{- end }}
+MLFLOW_DISABLE_TELEMETRY: "true"
+HOME: /tmp
+{{- end }}
+
+{{/* The claim `data` of a StatefulSet: only labels that never change, as the template cannot. */}}
+{{- define "teefusion.dataClaim" -}}
+- metadata:
+    name: data
+    labels:
+      {{- include "teefusion.selectorLabels" . | nindent 6 }}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- with .storage.className }}
+    storageClassName: {{ . }}
+    {{- end }}
+    resources:
+      requests:
+        storage: {{ .storage.size }}
+{{- end }}

@@ -1,0 +1,66 @@
+{{/* A policy for a component's pods. Takes root, component, and perhaps ingress and egress, each a list of rules. */}}
+{{- define "teefusion.policy" -}}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  {{- include "teefusion.metadata" . | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels:
+      {{- include "teefusion.selectorLabels" . | nindent 6 }}
+  policyTypes: [Ingress, Egress]
+  {{- with .ingress }}
+  ingress:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .egress }}
+  egress:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{ end }}
+
+{{/* The pods of one of our components, as a peer. */}}
+{{- define "teefusion.peer" -}}
+podSelector:
+  matchLabels:
+    {{- include "teefusion.selectorLabels" . | nindent 4 }}
+{{- end }}
+
+{{/* To something outside: any of the addresses, at the ports; no address given is every one. */}}
+{{- define "teefusion.outside" -}}
+ports:
+  {{- range .ports }}
+  - {protocol: TCP, port: {{ . }}}
+  {{- end }}
+{{- with .cidrs }}
+to:
+  {{- range . }}
+  - ipBlock: {cidr: {{ . | quote }}}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* To a component of ours, or to what stands in its place. Takes root, enabled, component, port, outside. */}}
+{{- define "teefusion.inOrOut" -}}
+{{- if .enabled -}}
+ports:
+  - {protocol: TCP, port: {{ .port }}}
+to:
+  - {{- include "teefusion.peer" . | nindent 4 }}
+{{- else -}}
+{{- include "teefusion.outside" .outside -}}
+{{- end -}}
+{{- end }}
+
+{{/* From pods of this namespace, and of the namespaces with these labels. Takes port, namespaces (label selectors). */}}
+{{- define "teefusion.from" -}}
+ports:
+  - {protocol: TCP, port: {{ .port }}}
+from:
+  - podSelector: {}
+  {{- range .namespaces }}
+  - namespaceSelector:
+      {{- toYaml . | nindent 6 }}
+  {{- end }}
+{{- end }}

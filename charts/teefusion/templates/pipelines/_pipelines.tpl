@@ -1,0 +1,51 @@
+{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, files (a ConfigMap). */}}
+{{- define "teefusion.pipelines.pod" -}}
+{{- $values := .root.Values.pipelines -}}
+{{- include "teefusion.pod" (dict "root" .root "values" $values "serviceAccount" .root.Values.runner.serviceAccount.name) }}
+restartPolicy: Never
+containers:
+  - name: {{ .name }}
+    image: {{ include "teefusion.image" (dict "root" .root "stage" "pipeline") }}
+    imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+    command:
+      {{- toYaml .command | nindent 6 }}
+    envFrom:
+      - configMapRef: {name: {{ .root.Values.settings.name }}}
+    env:
+      {{- $env := include "teefusion.clientEnv" .root | fromYaml }}
+      {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
+      {{- $_ := set $env "TEEFUSION_IMAGE" (include "teefusion.image" (dict "root" .root "stage" "train")) }}
+      {{- $_ := set $env "TEEFUSION_CLUSTER__SMALL_IMAGE" (include "teefusion.image" (dict "root" .root "stage" "pipeline")) }}
+      {{- if $values.token.enabled }}
+      {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
+      {{- end }}
+      {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
+    securityContext:
+      {{- include "teefusion.containerSecurityContext" .root | nindent 6 }}
+    resources:
+      {{- toYaml $values.resources | nindent 6 }}
+    volumeMounts:
+      - {name: tmp, mountPath: /tmp}
+      - {name: files, mountPath: /etc/teefusion, readOnly: true}
+      {{- with include "teefusion.workspace.claim" .root }}
+      - {name: workspace, mountPath: {{ $.root.Values.workspace.mountPath }}}
+      {{- end }}
+      {{- if $values.token.enabled }}
+      - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
+      {{- end }}
+volumes:
+  - {name: tmp, emptyDir: {}}
+  - name: files
+    configMap: {name: {{ include "teefusion.componentName" (dict "root" .root "component" "pipelines") }}}
+  {{- with include "teefusion.workspace.claim" .root }}
+  # Prompt files that settings name are there.
+  - name: workspace
+    persistentVolumeClaim: {claimName: {{ . }}}
+  {{- end }}
+  {{- if $values.token.enabled }}
+  - name: token
+    projected:
+      sources:
+        - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience }}}
+  {{- end }}
+{{- end }}

@@ -1,0 +1,38 @@
+{{/* A pod of `helm test`. Takes root, name (of a script in files/tests), image, env, and perhaps account with its token. */}}
+{{- define "teefusion.test" -}}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  {{- include "teefusion.metadata" (dict "root" .root "component" "test" "name" (printf "%s-test-%s" (include "teefusion.fullname" .root) .name)) | nindent 2 }}
+  annotations:
+    helm.sh/hook: test
+    helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+spec:
+  {{- include "teefusion.pod" (dict "root" .root "values" .root.Values.tests "serviceAccount" .account "token" (not (empty .account))) | nindent 2 }}
+  restartPolicy: Never
+  containers:
+    - name: {{ .name }}
+      image: {{ .image }}
+      command: [python, /opt/teefusion/{{ .name }}_check.py]
+      {{- if .settings }}
+      envFrom:
+        - configMapRef: {name: {{ .root.Values.settings.name }}}
+      {{- end }}
+      {{- with .env }}
+      env:
+        {{- include "teefusion.env" . | trim | nindent 8 }}
+      {{- end }}
+      securityContext:
+        {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
+      resources:
+        {{- toYaml .root.Values.tests.resources | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: scripts, mountPath: /opt/teefusion, readOnly: true}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - name: scripts
+      configMap:
+        name: {{ include "teefusion.fullname" .root }}-tests
+{{ end }}

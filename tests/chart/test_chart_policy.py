@@ -1,0 +1,175 @@
+"""Security of every pod: the restricted standard, tokens, secrets, networks, what stays."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.charts import (
+    FILES,
+    Json,
+    Release,
+    merged,
+    render,
+)
+
+
+def test_pods_keep_to_the_restricted_standard(release: Release) -> None:
+    for pod in release.pods:
+        security = pod.spec["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.spec.keys()
+        allowed = {"configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected"}
+        assert all(volume.keys() - {"name"} <= allowed for volume in pod.spec.get("volumes", []))
+        for container in pod.containers:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["readOnlyRootFilesystem"] is True
+            assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert not {"privileged", "runAsUser", "seccompProfile"} & context.keys()
+            assert not any("hostPort" in port for port in container.get("ports", []))
+
+
+def test_pods_ask_for_resources_and_are_bounded_in_memory(release: Release) -> None:
+    for pod in release.pods:
+        for container in pod.containers:
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), pod.owner
+            assert "memory" in container["resources"]["limits"], pod.owner
+
+
+def test_servers_have_probes(release: Release) -> None:
+    for pod in release.pods:
+        if pod.owner.startswith(("Deployment/", "StatefulSet/")):
+            (server,) = pod.spec["containers"]
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= server.keys()
+
+
+def test_images_are_pinned(release: Release) -> None:
+    for pod in release.pods:
+        for container in pod.containers:
+            assert re.fullmatch(r"[\w./-]+(:\d+)?[\w./-]*(:[\w.-]+|@sha256:[0-9a-f]{64})", container["image"])
+            assert not container["image"].endswith(":latest")
+
+
+def test_tokens_are_mounted_where_the_api_is_asked_alone(release: Release) -> None:
+    for pod in release.pods:
+        asks = pod.owner == "Pod/teefusion-test-permissions"
+        assert pod.spec["automountServiceAccountToken"] is asks
+        assert pod.spec["enableServiceLinks"] is False
+    for account in release.of("ServiceAccount"):
+        is_runner = account["metadata"]["name"] == "teefusion-runner"
+        assert account.get("automountServiceAccountToken", True) is is_runner
+
+
+def test_no_secret_shows(release: Release) -> None:
+    secrets = {
+        value
+        for thing in release.of("Secret")
+        for key, text in thing["stringData"].items()
+        if key != "MLFLOW_TRACKING_USERNAME"
+        for value in {text, *re.findall(r"[A-Za-z0-9]{20,}", text)}
+    }
+    elsewhere = json.dumps([thing for thing in release.objects if thing["kind"] != "Secret"])
+    assert not any(value in elsewhere for value in secrets)
+    for pod in release.pods:
+        for _, variable in pod.variables:
+            if re.search(r"PASSWORD|SECRET|TOKEN$|_KEY|_URI_WITH|BACKEND_STORE", variable["name"]):
+                assert "secretKeyRef" in variable["valueFrom"], variable
+
+
+def test_users_can_be_left_to_the_cluster() -> None:
+    for pod in render(merged(FILES["dev"], {"security": {"runAsUser": None}})).pods:
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & pod.spec["securityContext"].keys()
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True
+
+
+def test_nothing_that_helm_4_merges_by_its_name_is_there_twice(release: Release) -> None:
+    def is_unique(things: list[Json], key: str) -> bool:
+        names = [thing[key] for thing in things]
+        return len(names) == len(set(names))
+
+    for pod in release.pods:
+        assert is_unique(pod.containers, "name")
+        assert is_unique(pod.spec.get("volumes", []), "name")
+        for container in pod.containers:
+            assert is_unique(container.get("env", []), "name"), pod.owner
+            assert is_unique(container["volumeMounts"], "mountPath"), pod.owner
+            assert is_unique(container.get("ports", []), "containerPort")
+
+
+def test_variables_of_values_replace_the_charts() -> None:
+    twice = render({"mlflow": {"extraEnv": {"HOME": "/elsewhere", "AWS_ACCESS_KEY_ID": "mine"}}})
+    pod = twice.pod("Deployment/teefusion-mlflow")
+    homes = [variable for name, variable in pod.variables if name == "mlflow" and variable["name"] == "HOME"]
+    assert homes == [{"name": "HOME", "value": "/elsewhere"}]
+
+
+def test_every_pod_has_a_network_policy_of_its_own(releases: dict[str, Release]) -> None:
+    for name in ("defaults", "dev", "production"):
+        release = releases[name]
+        policies = [one["spec"] for one in release.of("NetworkPolicy")]
+        (default,) = (one for one in policies if "ingress" not in one and one["egress"][0]["ports"][0]["port"] == 53)
+        for pod in release.pods:
+            if pod.owner.startswith("TrainingRuntime/"):
+                continue  # Trainer's pods talk among themselves, and are none of the release
+            labels = pod.labels.items()
+            assert default["podSelector"]["matchLabels"].items() <= labels, pod.owner
+            own = [
+                one for one in policies if one is not default and one["podSelector"]["matchLabels"].items() <= labels
+            ]
+            assert len(own) == 1, pod.owner
+        for policy in policies:
+            assert any(policy["podSelector"]["matchLabels"].items() <= pod.labels.items() for pod in release.pods)
+
+
+def test_what_pods_may_reach_lets_them_in(releases: dict[str, Release]) -> None:
+    release = releases["dev"]
+    policies = {tuple(sorted(one["spec"]["podSelector"]["matchLabels"].items())): one["spec"]
+                for one in release.of("NetworkPolicy")}  # fmt: skip
+    ways = [
+        (set(source), peer["podSelector"]["matchLabels"], rule["ports"])
+        for source, spec in policies.items()
+        for rule in spec.get("egress", [])
+        for peer in rule.get("to", [])
+        if "podSelector" in peer
+    ]
+    assert len(ways) >= 5
+    for source, target, ports in ways:
+        rules = policies[tuple(sorted(target.items()))]["ingress"]
+        assert any(
+            rule["ports"] == ports
+            and any(
+                peer.get("podSelector", {}).get("matchLabels", {}).items() <= source
+                for peer in rule["from"]
+                if "podSelector" in peer
+            )
+            for rule in rules
+        ), (source, target)
+
+
+def test_mlflow_answers_to_the_names_of_its_service_only(releases: dict[str, Release]) -> None:
+    pod = releases["production"].pod("Deployment/teefusion-mlflow")
+    (server,) = pod.spec["containers"]
+    (given,) = (word for word in server["args"] if word.startswith("--allowed-hosts="))
+    hosts = given.removeprefix("--allowed-hosts=").split(",")
+    assert {
+        "teefusion-mlflow:5000",
+        "teefusion-mlflow.ml:5000",
+        "teefusion-mlflow.ml.svc:5000",
+        "teefusion-mlflow.ml.svc.cluster.local:5000",
+        "mlflow.example.com",
+        "$(POD_IP):5000",
+    } <= set(hosts)
+    assert "*" not in hosts
+    assert "--app-name=basic-auth" in server["args"]
+    (address,) = (one for name, one in pod.variables if one["name"] == "POD_IP")
+    assert address["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+
+
+def test_data_stay_when_the_release_goes(releases: dict[str, Release]) -> None:
+    release = releases["defaults"]
+    for thing in [*release.of("PersistentVolumeClaim"), *release.of("Secret")]:
+        assert thing["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep", thing["metadata"]["name"]

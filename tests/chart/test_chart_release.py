@@ -1,0 +1,42 @@
+"""A release's life, by Helm 4 on a double of the Kubernetes API."""
+
+from __future__ import annotations
+
+import json
+
+from tests.charts import (
+    FILES,
+    NAMESPACE,
+    RELEASE,
+    chart,
+    merged,
+)
+from tests.helm_cluster import HelmCluster
+
+
+def test_a_release_is_installed_upgraded_tested_rolled_back_and_removed() -> None:
+    values, changed = FILES["dev"], merged(FILES["dev"], {"settings": {"values": {"train": {"steps": 7}}}})
+    with HelmCluster(NAMESPACE) as cluster:
+        helm = cluster.helm
+        assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
+        # What is `auto` follows the APIs that are there.
+        assert cluster.names("TrainingRuntime") == {"teefusion-torch"}
+        assert cluster.names("ServiceMonitor") == {"teefusion-mlflow", "teefusion-serve"}
+        secrets = {name: cluster.secret(name) for name in cluster.names("Secret")}
+        assert len(secrets) == 4
+        installed = json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"])
+
+        assert helm.upgrade(chart(), RELEASE, changed)["status"] == "deployed"
+        assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets
+        assert cluster.things["ConfigMap", "teefusion-settings"]["data"]["TEEFUSION_TRAIN__STEPS"] == "7"
+        assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) != installed
+        helm.test(RELEASE)
+        assert cluster.names("Pod") == set()  # done, and gone
+        helm.rollback(RELEASE)
+        assert "TEEFUSION_TRAIN__STEPS" not in cluster.things["ConfigMap", "teefusion-settings"]["data"]
+        assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) == installed
+
+        helm.uninstall(RELEASE)
+        assert {kind for kind, _ in cluster.things} == {"Secret", "PersistentVolumeClaim"}
+        assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
+        assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets

@@ -1,0 +1,299 @@
+"""The scripts that the chart's pods run, against what they meet there: MLflow, S3, and doubles of two APIs."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teefusion.settings import StorageSettings
+from teefusion.storage import open_store
+from tests.charts import CHART, Json, render
+from tests.s3 import BUCKET, ENVIRONMENT, free_port, s3_server
+
+FILES = CHART / "files"
+CREDENTIALS = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "long-enough-for-it"}
+
+
+def run(script: str, *arguments: str, **variables: str) -> str:
+    """What a script prints, as in its pod; it must succeed."""
+    done = _run(script, *arguments, **variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def _run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FILES / script), *arguments]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=200, check=False)
+
+
+# --- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def mlflow_server(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A server as the chart's pod starts one, with the arguments of the rendered chart; a client's variables."""
+    port = free_port()
+    host = "teefusion-mlflow.ml.svc"
+    auth = tmp_path / "basic_auth.ini"
+    variables = ENVIRONMENT | {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow%20store.db",
+        "MLFLOW_S3_ENDPOINT_URL": store,
+        "MLFLOW_AUTH_CONFIG_PATH": str(auth),
+        "MLFLOW_AUTH_ADMIN_USERNAME": CREDENTIALS["MLFLOW_TRACKING_USERNAME"],
+        "MLFLOW_AUTH_ADMIN_PASSWORD": CREDENTIALS["MLFLOW_TRACKING_PASSWORD"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "any",
+        "DEFAULT_PERMISSION": "READ",
+        "HOME": str(tmp_path),
+    }
+    run("mlflow/prepare.py", **variables)
+    run("mlflow/prepare.py", **variables)  # as when the pod is made again
+    written = configparser.ConfigParser()
+    written.read(auth)
+    assert written["mlflow"]["database_uri"] == variables["MLFLOW_BACKEND_STORE_URI"]
+    assert auth.stat().st_mode & 0o077 == 0
+
+    (container,) = render({}).pod("Deployment/teefusion-mlflow").spec["containers"]
+    words = [word.replace("$(POD_IP)", "10.1.2.3").replace(":5000", f":{port}") for word in container["args"]]
+    words = [word.replace("0.0.0.0", "127.0.0.1").replace("=5000", f"={port}") for word in words]
+    words = [word.replace("/tmp/metrics", str(tmp_path / "metrics")) for word in words]
+    words = [f"--artifacts-destination=s3://{BUCKET}/mlflow" if "artifacts-dest" in word else word for word in words]
+    log = (tmp_path / "server.log").open("w")
+    command = [str(Path(sys.executable).with_name("mlflow")), "server", *words]
+    environment = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _await_health(f"http://127.0.0.1:{port}/health", process)
+        with _proxied_host(port, f"{host}:{port}") as url:
+            yield (
+                CREDENTIALS
+                | {"MLFLOW_TRACKING_URI": url, "S3_URI": f"s3://{BUCKET}", "PORT": str(port)}
+                | {name: variables[name] for name in ("MLFLOW_BACKEND_STORE_URI", *ENVIRONMENT)}
+            )
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=30)
+        log.close()
+
+
+def _await_health(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(url)
+
+
+@contextmanager
+def _answering(answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]]) -> Iterator[str]:
+    """URL of a server that answers so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, data = answer(self, body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _any
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def _proxied_host(port: int, host: str) -> Iterator[str]:
+    """To the server as if its Service's name had been asked, which this machine cannot resolve."""
+
+    def forward(request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
+        headers = Message()
+        for name, value in request.headers.items():
+            if name.lower() not in ("host", "connection"):
+                headers[name] = value
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{port}{request.path}",
+            body or None,
+            dict(headers) | {"Host": host},
+            method=request.command,
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    with _answering(forward) as url:
+        yield url
+
+
+@pytest.mark.slow
+def test_mlflow_as_the_chart_starts_it_passes_the_charts_own_tests(mlflow_server: dict[str, str]) -> None:
+    told = run("tests/mlflow_check.py", **mlflow_server)
+    assert "written and read" in told
+    assert "by its alias" in run("tests/alias_check.py", **mlflow_server)
+    run("mlflow/collect.py", "0s", **mlflow_server)  # the deleted experiment
+
+    refused = _run("tests/mlflow_check.py", **mlflow_server | {"MLFLOW_TRACKING_PASSWORD": "wrong"})
+    assert refused.returncode != 0
+    # A name that is not the Service's: what the list of allowed hosts is for.
+    with _proxied_host(int(mlflow_server["PORT"]), "evil.example.com") as url:
+        refused = _run("tests/mlflow_check.py", **mlflow_server | {"MLFLOW_TRACKING_URI": url})
+    assert "Invalid Host header" in refused.stderr
+    status = _status(f"http://127.0.0.1:{mlflow_server['PORT']}/metrics", f"10.1.2.3:{mlflow_server['PORT']}")
+    assert status == 200  # by the pod's address, with credentials
+
+
+@pytest.mark.slow
+def test_replicas_that_start_together_take_turns_at_the_database(tmp_path: Path) -> None:
+    postgres = pytest.importorskip("tests.postgres", reason="there is no PostgreSQL for tests yet")
+    if why := postgres.missing():
+        pytest.skip(why)
+    with postgres.postgres_server() as server:
+        variables = {"MLFLOW_BACKEND_STORE_URI": postgres.database(server, "mlflow"), "DEFAULT_PERMISSION": "READ"}
+        auth = [tmp_path / f"{replica}.ini" for replica in range(3)]
+        with ThreadPoolExecutor(len(auth)) as pool:
+            done = list(
+                pool.map(lambda path: _run("mlflow/prepare.py", **variables, MLFLOW_AUTH_CONFIG_PATH=str(path)), auth)
+            )
+        assert [one.returncode for one in done] == [0] * len(auth), "".join(one.stderr[-2000:] for one in done)
+
+
+def _status(url: str, host: str) -> int:
+    manager = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    manager.add_password(None, url, *CREDENTIALS.values())
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(manager))
+    with opener.open(urllib.request.Request(url, headers={"Host": host}), timeout=30) as answer:
+        return int(answer.status)
+
+
+# --- S3 --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_bucket_is_made_once(store: str) -> None:
+    variables = ENVIRONMENT | {"MLFLOW_S3_ENDPOINT_URL": store}
+    for _ in range(2):
+        assert "bucket made-by-the-chart is there" in run("mlflow/create_bucket.py", "made-by-the-chart", **variables)
+
+
+def test_storage_check_speaks_by_the_settings_of_the_chart(store: str) -> None:
+    release = render({})
+    variables: dict[str, str] = dict(release.one("ConfigMap", "teefusion-settings")["data"])
+    variables["TEEFUSION_STORAGE__ENDPOINT_URL"] = store
+    keys = release.one("Secret", "teefusion-s3")["stringData"]
+    assert f"s3://{BUCKET}: an object written" in run("tests/storage_check.py", **variables, **keys)
+    settings = StorageSettings(endpoint_url=store, addressing_style="path", region="us-east-1")
+    for name, value in keys.items():
+        os.environ[name] = value  # cleared by the fixture of all tests
+    assert open_store(f"s3://{BUCKET}/helm-test", settings).names() == []  # nothing is left
+    broken = _run("tests/storage_check.py", **variables | {"TEEFUSION_STORAGE__URI": "s3://no-such-bucket"}, **keys)
+    assert "The bucket does not exist" in broken.stderr
+
+
+# --- Kubernetes and Kubeflow Pipelines -------------------------------------------------------------------------------
+
+
+def _check_permissions(rules: list[Json], *, elsewhere: bool = False) -> subprocess.CompletedProcess[str]:
+    """The script's answer where these rules of a Role hold in the namespace `ml`."""
+
+    def review(request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
+        asked = json.loads(body)["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        granted = any(
+            asked.get("group", "") in rule["apiGroups"]
+            and resource in rule["resources"]
+            and asked["verb"] in rule["verbs"]
+            for rule in rules
+        )
+        allowed = granted if asked["namespace"] == "ml" else elsewhere
+        answer = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {}}
+        return 201, json.dumps(answer | {"status": {"allowed": allowed}}).encode()
+
+    # Inside a cluster the client takes address and token from the pod; here, from us.
+    code = (
+        "import os, runpy, kubernetes.config as config\n"
+        "from kubernetes.client import Configuration\n"
+        "def here():\n"
+        "    made = Configuration(); made.host = os.environ['URL']; Configuration.set_default(made)\n"
+        "config.load_incluster_config = here\n"
+        f"runpy.run_path({str(FILES / 'tests' / 'permissions_check.py')!r}, run_name='__main__')\n"
+    )
+    with _answering(review) as url:
+        variables = os.environ | {"URL": url, "NAMESPACE": "ml"}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=100, check=False
+        )
+
+
+def test_permissions_check_wants_what_the_role_gives_and_no_more() -> None:
+    (role,) = render({}).of("Role")
+    done = _check_permissions(role["rules"])
+    assert done.returncode == 0, done.stderr
+    less = [rule | {"verbs": [verb for verb in rule["verbs"] if verb != "delete"]} for rule in role["rules"]]
+    assert "may not: delete trainjobs. Set runner.rbac.create=true" in _check_permissions(less).stderr
+    assert "gives too much" in _check_permissions(role["rules"], elsewhere=True).stderr
+
+
+def test_publishing_uploads_a_version_once(tmp_path: Path) -> None:
+    """Against a double that keeps what it is sent, with the routes of KFP's v2beta1 API."""
+    pipelines: list[Json] = []
+    versions: list[Json] = []
+
+    def answer(request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
+        path, _, query = request.path.partition("?")
+        name = dict(part.split("=", 1) for part in query.split("&") if part).get("name", "")
+        result: Any = {}
+        if path.endswith("/pipelines/upload"):
+            pipelines.append(result := {"pipeline_id": "p1", "display_name": name, "name": name})
+        elif path.endswith("/pipelines/upload_version"):
+            assert b"teefusion-distill" in body
+            versions.append(result := {"pipeline_id": "p1", "pipeline_version_id": name, "display_name": name})
+        elif path.endswith("/versions"):
+            result = {"pipeline_versions": versions, "total_size": len(versions)}
+        elif path.endswith("/pipelines"):
+            result = {"pipelines": pipelines, "total_size": len(pipelines)}
+        return 200, json.dumps(result).encode()
+
+    settings = {"TEEFUSION_WORKDIR": str(tmp_path / "work"), "TEEFUSION_IMAGE": "registry.example.com/python:1-train"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with _answering(answer) as url:
+        variables = settings | {"KF_PIPELINES_ENDPOINT": url, "HOME": str(tmp_path), "PATH": path}
+        first = run("pipelines/publish.py", **variables)
+        assert first.splitlines()[-1].startswith("uploaded teefusion-distill-")
+        assert "is there already" in run("pipelines/publish.py", **variables)
+    assert (len(pipelines), len(versions)) == (1, 1)
