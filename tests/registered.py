@@ -27,7 +27,10 @@ def add_version(client: Any, folder: Path, name: str = "m", *, digest: str | Non
 
 
 class MortalClient:
-    """An MLflow client that is killed before its ``dies_at``-th call, and one in ``loses`` of whose answers is lost."""
+    """An MLflow client that is killed before its ``dies_at``-th call.
+
+    A share ``loses`` of its answers is lost, and before as many calls it dawdles while others overtake it.
+    """
 
     def __init__(self, client: Any, *, dies_at: int | None = None, loses: float = 0.0, seed: int = 0) -> None:
         self._client, self.dies_at, self._loses = client, dies_at, loses
@@ -45,7 +48,8 @@ class MortalClient:
             self.calls.append(method)
             if method == "create_model_version":
                 self.token = options["tags"]["token"]
-            time.sleep(self._random.random() * self._loses * 0.05)
+            if self._random.random() < self._loses:
+                time.sleep(0.4)
             answer = getattr(self._client, method)(*arguments, **options)
             if self._random.random() < self._loses:
                 raise MlflowException("the connection broke before the answer came")

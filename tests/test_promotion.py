@@ -212,6 +212,7 @@ def test_two_hundred_promotions_at_once_with_kills_and_lost_answers(tmp_path: Pa
             add_version(connect(settings), tmp_path, gate=gate)
         ends = Crowd(settings, use).run(rounds=25, at_once=8)
     assert sum(ends.values()) == 200
+    assert ends.keys() <= {"done", "lost", "killed", "failed", "refused"}
     assert min(ends[end] for end in ("done", "lost", "killed")) > 0, ends
 
 
@@ -247,8 +248,8 @@ class Crowd:
             end = "done"
         except RegistryError as error:
             end = "lost" if "at the same time" in str(error) else "refused"
-        except TrackingError:
-            end = "failed"
+        except TrackingError as error:
+            end = "failed" if "the connection broke before the answer came" in str(error) else str(error)
         except Killed:
             end = "killed"
         finally:
