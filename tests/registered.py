@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ def add_version(client: Any, folder: Path, name: str = "m", *, digest: str | Non
 
 
 class MortalClient:
-    """An MLflow client that is killed before its ``dies_at``-th call, and one in ``loses`` of whose answers is lost."""
+    """An MLflow client that is killed before its ``dies_at``-th call.
+
+    A share ``loses`` of its answers is lost, and before as many calls it dawdles while others overtake it. ``before``
+    is called with each method's name first.
+    """
 
     def __init__(self, client: Any, *, dies_at: int | None = None, loses: float = 0.0, seed: int = 0) -> None:
         self._client, self.dies_at, self._loses = client, dies_at, loses
         self._random = random.Random(seed)
+        self.before: Callable[[str], None] = lambda method: None
         self.calls: list[str] = []
         self.token: str | None = None
         """Of the command's entry in the journal, if it wrote one."""
@@ -42,10 +48,12 @@ class MortalClient:
         def call(*arguments: Any, **options: Any) -> Any:
             if self.dies_at is not None and len(self.calls) >= self.dies_at:
                 raise Killed(method)
+            self.before(method)
             self.calls.append(method)
             if method == "create_model_version":
                 self.token = options["tags"]["token"]
-            time.sleep(self._random.random() * self._loses * 0.05)
+            if self._random.random() < self._loses:
+                time.sleep(0.4)
             answer = getattr(self._client, method)(*arguments, **options)
             if self._random.random() < self._loses:
                 raise MlflowException("the connection broke before the answer came")

@@ -41,7 +41,7 @@ def postgres_url() -> Iterator[str]:
 def open_server(postgres_url: str, s3_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder, database = tmp_path_factory.mktemp("open"), postgres.database(postgres_url, "open")
     variables = s3.ENVIRONMENT | {"MLFLOW_S3_ENDPOINT_URL": s3_url}
-    with mlflow_server(folder, database, f"s3://{s3.BUCKET}/open", **variables) as url:
+    with mlflow_server(folder, database=database, artifacts=f"s3://{s3.BUCKET}/open", **variables) as url:
         yield url
 
 
@@ -50,7 +50,8 @@ def guarded_server(postgres_url: str, s3_url: str, tmp_path_factory: pytest.Temp
     folder, database = tmp_path_factory.mktemp("guarded"), postgres.database(postgres_url, "guarded")
     accounts = postgres.database(postgres_url, "accounts")
     variables = s3.ENVIRONMENT | {"MLFLOW_S3_ENDPOINT_URL": s3_url}
-    with mlflow_server(folder, database, f"s3://{s3.BUCKET}/guarded", auth_database=accounts, **variables) as url:
+    stores = {"database": database, "artifacts": f"s3://{s3.BUCKET}/guarded", "auth_database": accounts}
+    with mlflow_server(folder, **stores, **variables) as url:
         yield url
 
 

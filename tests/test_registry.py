@@ -93,8 +93,7 @@ def test_a_student_whose_gate_failed_is_refused_with_the_reasons(make_settings: 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """With SQLite and local artifacts."""
-    store = tmp_path_factory.mktemp("server")
-    with mlflow_server(store, f"sqlite:///{store}/m.db", str(store / "artifacts")) as url:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as url:
         yield url
 
 

@@ -42,6 +42,7 @@ def shown(workdir: Path, *arguments: str) -> Any:
 
 
 def test_promotion_shows_in_the_table_and_in_history(workdir: Path) -> None:
+    assert run(workdir, "history", "m").stdout == "No version of m was promoted yet.\n"
     assert run(workdir, "promote", "m", "1").stdout == "Version 1 is now champion of m.\n"
     assert run(workdir, "promote", "m", "1").stdout == "Version 1 was already champion of m.\n"
     header, second, first = run(workdir, "models").stdout.splitlines()

@@ -40,7 +40,7 @@ def describe_version(settings: Settings, name: str, number: str) -> dict[str, An
 def history(settings: Settings, name: str) -> dict[str, Any]:
     """Who was champion when, oldest first, and what is to be said of the aliases now. Raises RegistryError."""
     state = ModelStore(connect(settings), settings, name).read()
-    moves = [_move(entry, until) for entry, until in zip(state.entries, (*state.entries[1:], None), strict=True)]
+    moves = [_move(entry, until) for entry, until in zip(state.entries, (*state.entries[1:], None), strict=False)]
     return {"name": name, "champion": state.champion, "moves": moves, "note": _note(state, name)}
 
 

@@ -87,11 +87,15 @@ def settle(store: ModelStore, token: str) -> State:
     Aliases that differ and no mark: they were moved by hand, and are left alone. After own writes all is read again, as
     a newer entry may have been carried out meanwhile, over which these came too late.
     """
+    seen: State | None = None
     while True:
         state = store.read()
         last, override = state.last, state.missing_override()
         if last is None or not state.marked:
-            return state
+            if not state.moved_by_hand or state == seen:
+                return state
+            seen = state  # a second look, as a mark may have come between reading the journal and the aliases
+            continue
         if not state.misplaced() and override is None:
             _unmark(store, state, token)
             return state
