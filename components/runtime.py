@@ -63,9 +63,11 @@ def run_summary(arguments: dict[str, Any], *, state: str, error: str | None) -> 
 
     setup_logging(mark=STAGE_MARK)
     settings = Workspace(_settings(arguments)).referred()
-    outcome = outcome_of(Workspace(settings), state)
+    outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
     failed = outcome in ("failed", "cancelled")
-    summarize(settings, error=(error or f"the pipeline was {outcome}") if failed else None, outcome=outcome)
+    # A step's own word says more than Kubeflow's, which may be empty.
+    why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
+    summarize(settings, error=why if failed else None, outcome=outcome)
     if failed and any(settings.cluster.takes_trainjob(stage) for stage in ("targets", "train")):
         from teefusion.cluster import Cluster
         from teefusion.jobs import delete_orphans

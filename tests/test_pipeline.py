@@ -100,7 +100,7 @@ def test_a_failing_stage_ends_the_run_and_the_summary_says_why(options: list[str
     assert "Traceback" not in done.stderr.split("evaluate failed")[-1]
     summary = json.loads((tmp_path / "work" / "summary.json").read_text())
     assert set(summary["stages"]) == {"ingest", "targets", "train"}
-    assert summary["error"]
+    assert f"evaluate: {empty} is no scorer" in summary["error"]
     assert summary["gate"] is None
     assert summary["outcome"] == "failed"
     assert tracked(tmp_path / "work", summary["run_key"]) == ("FAILED", "failed")
