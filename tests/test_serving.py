@@ -38,7 +38,7 @@ def url(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 # Pictures
 
 
-def test_an_answer_has_openais_shape_and_says_what_made_it(url: str) -> None:
+def test_an_answer_has_openais_shape_and_says_what_made_it(url: str, tiny_student: Path) -> None:
     answer = ask(url, {"prompt": "a red star", "n": 2, "size": "32x16", "seed": 7, "guidance_scale": 3.5})
     body = answer.json()
     assert [picture.size for picture in pictures(answer)] == [(32, 16), (32, 16)]
@@ -50,7 +50,7 @@ def test_an_answer_has_openais_shape_and_says_what_made_it(url: str) -> None:
         "size": "32x16",
         "guidance_scale": 3.5,
         "num_inference_steps": 2,
-        "model": "student",
+        "model": f"{tiny_student.parent.name}/student",
     }
 
 
