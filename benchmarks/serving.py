@@ -107,7 +107,7 @@ class Served:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "teefusion.cli", "serve", f"models:/{NAME}@champion", "--port", str(port)]
         options = ["--workdir", str(workdir), "--set", f"serve.max_batch={batch}", "--set", "serve.follow_s=1"]
-        self._process = subprocess.Popen([*command, *options])
+        self._process = subprocess.Popen([*command, *options], stdout=sys.stderr)
         until(lambda: requests.get(f"{self.url}/readyz", timeout=10).ok)
 
     def metric(self, name: str) -> float:

@@ -247,6 +247,15 @@ def test_teacher_to_student_to_disk_to_student(teacher: Teacher, tmp_path: Path)
     assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
 
 
+def test_a_student_of_each_family_takes_one_guidance_scale_a_picture(teacher: Teacher) -> None:
+    student = make_student(teacher.pipeline, make_fusion("affine", embedded_guidance=3.5), max_sequence_length=12)
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+    noise = [torch.Generator().manual_seed(k) for k in range(2)]
+    together = student(["a red star", "a box"], guidance_scale=[2.0, 5.0], generator=noise, **options).images
+    alone = student("a box", guidance_scale=5.0, generator=torch.Generator().manual_seed(1), **options).images
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_student_refuses_what_it_cannot_do(teacher: Teacher) -> None:
     student = make_student(teacher.pipeline, make_fusion("paper"), max_sequence_length=12)
     with pytest.raises(ValueError, match="no negative prompt"):
