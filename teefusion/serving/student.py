@@ -70,7 +70,7 @@ def load_served(uri: str, settings: Settings) -> ServedStudent:
     # Loaded in float32, as the libraries set torch's default dtype while they load in another one, for all threads:
     # pictures that the old student draws meanwhile would be others.
     pipeline = load_student(trusted.folder).to(device, _dtype(options, device))
-    own = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    own = pipeline.default_sample_size * pipeline.vae_scale_factor
     card = _card(uri, trusted, pipeline, options, sizes=list(options.sizes) or [f"{own}x{own}"])
     student = ServedStudent(pipeline, card, request_type(options, card.sizes), trusted.version)
     for size in card.sizes:
