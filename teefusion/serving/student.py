@@ -15,7 +15,7 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL.Image import Image
 
 from teefusion.devices import resolve_device
-from teefusion.errors import RegistryError, StudentError, TeEFusionError
+from teefusion.errors import RegistryError, StudentError
 from teefusion.registry import TrustedModel, resolve, version_of
 from teefusion.serving.api import GenerationRequest, ModelCard, request_type
 from teefusion.serving.batches import AbandonedError, Picture
@@ -136,7 +136,7 @@ class Post:
         except RegistryError as error:
             self._refuse(error)
             return
-        except TeEFusionError as error:
+        except Exception as error:  # whatever the registry does, what is loaded can be served
             self._metrics.unreachable.inc()
             self._say(f"Cannot see where {self._uri} points, so nothing changes: {error}")
             return
