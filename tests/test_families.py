@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -22,7 +23,9 @@ from teefusion import StudentPipeline
 from teefusion.errors import TeacherError
 from teefusion.families import family_of
 from teefusion.fusion import FusedConditioning, fuse, make_fusion, measure_sizes, pack
-from teefusion.settings import StrategySettings, TeacherSettings
+from teefusion.serving.batches import Picture
+from teefusion.serving.student import load_served
+from teefusion.settings import StrategySettings, TeacherSettings, load_settings
 from teefusion.strategies import make_strategy
 from teefusion.students import load_student, make_student, save_student
 from teefusion.teachers import Teacher, load_teacher
@@ -245,6 +248,18 @@ def test_teacher_to_student_to_disk_to_student(teacher: Teacher, tmp_path: Path)
     assert not torch.allclose(other[0], again[1])
     stock = stock_class.from_pretrained(tmp_path / "student", subfolder="transformer")
     assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
+
+
+def test_a_student_of_each_family_is_served_with_one_guidance_scale_a_picture(teacher: Teacher, tmp_path: Path) -> None:
+    fusion = make_fusion("affine", embedded_guidance=3.5)
+    save_student(make_student(teacher.pipeline, fusion, max_sequence_length=12), tmp_path / "student")
+    overrides = {"device": "cpu", "serve.sizes": ["16x16"], "serve.num_steps": 2}
+    served = load_served(str(tmp_path / "student"), load_settings(overrides=overrides))
+    pictures = [Picture(served, "a box", s, 1, 2, (16, 16)) for s in (2.0, 5.0)]
+    together = [np.asarray(image).astype(int) for image in served.draw(pictures)]
+    alone = [np.asarray(served.draw([picture])[0]).astype(int) for picture in pictures]
+    assert max(abs(one - other).max() for one, other in zip(together, alone, strict=True)) <= 1
+    assert (together[0] != together[1]).any()
 
 
 def test_a_student_refuses_what_it_cannot_do(teacher: Teacher) -> None:

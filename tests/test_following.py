@@ -210,11 +210,16 @@ def test_a_version_that_fails_to_load_is_tried_again_after_growing_pauses(
     assert post.current.card.id == f"{registry.name}/1"
 
 
+@pytest.mark.parametrize("error", [TrackingError("no answer"), OSError("no answer")])
 def test_a_registry_that_does_not_answer_changes_nothing_and_is_said_once(
-    post: Post, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    post: Post,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     def fail(*_: Any) -> None:
-        raise TrackingError("no answer")
+        raise error
 
     monkeypatch.setattr(student_module, "version_of", fail)
     for _ in range(3):

@@ -79,6 +79,19 @@ def test_guidance_changes_the_picture_and_the_seed_fixes_it(student: Any) -> Non
     assert not torch.equal(latents(4.0), latents(4.0, seed=1))
 
 
+def test_one_guidance_scale_a_picture_is_as_good_as_one_call_each(student: Any, calls: list[int]) -> None:
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    scales = [1.0, 3.0, 5.0]
+    calls.clear()
+    together = student(["a"] * 3, guidance_scale=scales, generator=[seeded() for _ in scales], **options).images
+    assert calls == [3] * 3
+    alone = [student("a", guidance_scale=s, generator=seeded(), **options).images for s in scales]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert float((together[0] - together[1]).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="holds 2 numbers for 3 pictures"):
+        student(["a"] * 3, guidance_scale=[1.0, 2.0], **options)
+
+
 def test_a_callback_sees_every_step_and_can_change_latents(student: Any) -> None:
     seen: list[int] = []
 

@@ -94,7 +94,7 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
-    """Name and version in the registry, or name of the folder."""
+    """Name and version in the registry, or the end of the folder's path, or the hub id."""
     object: Literal["model"] = "model"
     created: int
     """Seconds since 1970, when it was taken up."""
@@ -103,6 +103,9 @@ class ModelCard(BaseModel):
     """sha256 of its folder, as registered."""
     guidance_range: tuple[float, float] | None
     """Scales it was trained on."""
+    guidance_scale: float
+    """Of a request that names none."""
+    max_guidance_scale: float
     num_inference_steps: int
     """Of a request that names none."""
     sizes: list[str]

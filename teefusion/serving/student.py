@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL.Image import Image
 
 from teefusion.devices import resolve_device
-from teefusion.errors import RegistryError, StudentError, TeEFusionError
+from teefusion.errors import RegistryError, StudentError
 from teefusion.registry import TrustedModel, resolve, version_of
 from teefusion.serving.api import GenerationRequest, ModelCard, request_type
 from teefusion.serving.batches import AbandonedError, Picture
@@ -69,8 +70,8 @@ def load_served(uri: str, settings: Settings) -> ServedStudent:
     # Loaded in float32, as the libraries set torch's default dtype while they load in another one, for all threads:
     # pictures that the old student draws meanwhile would be others.
     pipeline = load_student(trusted.folder).to(device, _dtype(options, device))
-    own = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    card = _card(trusted, pipeline, options, sizes=list(options.sizes) or [f"{own}x{own}"])
+    own = pipeline.default_sample_size * pipeline.vae_scale_factor
+    card = _card(uri, trusted, pipeline, options, sizes=list(options.sizes) or [f"{own}x{own}"])
     student = ServedStudent(pipeline, card, request_type(options, card.sizes), trusted.version)
     for size in card.sizes:
         started = time.monotonic()
@@ -89,13 +90,16 @@ def _dtype(options: ServeSettings, device: str) -> torch.dtype:
     return dtype
 
 
-def _card(trusted: TrustedModel, pipeline: Any, options: ServeSettings, *, sizes: list[str]) -> ModelCard:
+def _card(uri: str, trusted: TrustedModel, pipeline: Any, options: ServeSettings, *, sizes: list[str]) -> ModelCard:
     config = pipeline.config
+    name = "/".join(trusted.folder.parts[-2:]) if Path(uri).is_dir() else uri
     return ModelCard(
-        id=f"{trusted.name}/{trusted.version}" if trusted.name else trusted.folder.name,
+        id=f"{trusted.name}/{trusted.version}" if trusted.name else name,
         created=int(time.time()),
         digest=trusted.digest,
         guidance_range=tuple(config.guidance_range) if config.guidance_range else None,
+        guidance_scale=options.guidance_scale,
+        max_guidance_scale=options.max_guidance_scale,
         num_inference_steps=len(config.sigmas) if config.sigmas else options.num_steps,
         sizes=sizes,
         fusion=config.fusion["variant"],
@@ -132,7 +136,7 @@ class Post:
         except RegistryError as error:
             self._refuse(error)
             return
-        except TeEFusionError as error:
+        except Exception as error:  # whatever the registry does, what is loaded can be served
             self._metrics.unreachable.inc()
             self._say(f"Cannot see where {self._uri} points, so nothing changes: {error}")
             return
