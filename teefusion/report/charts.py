@@ -166,7 +166,7 @@ def _difference_plot(pairing: Pairing, decimals: int) -> Plot:
             _interval(axes, place, interval)
         axes.margins(x=0.12)
         _name_rows(axes, list(pairing.intervals))
-        axes.set_xlabel(f"{pairing.title}, score points (0: the same)")
+        axes.set_xlabel("difference in score points (0: the same)")
 
     return plot
 
