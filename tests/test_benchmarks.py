@@ -96,7 +96,7 @@ def test_the_gates_simulation_decides_as_the_gate_does() -> None:
     gate = load("gate")
     rules = GateSettings(resamples=1000, min_prompts=2)
     rng = np.random.default_rng(3)
-    differences = [0.012 * rng.standard_normal((12, 40)) for _ in range(gate.STYLES)]
+    differences = [0.03 * rng.standard_normal((12, 40)) for _ in range(gate.STYLES)]
     simulated = gate.passes(differences, rules)
     decided = [
         decide(
