@@ -36,7 +36,7 @@ from teefusion.report import (
     Timing,
     render_report,
 )
-from teefusion.report.pictures import data_uris
+from teefusion.report.pictures import BUDGET_BYTES, data_uris
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "br", "input"}
@@ -357,6 +357,7 @@ def test_small_pictures_stay_as_they_are_and_many_large_ones_shrink_into_the_bud
         with Image.open(io.BytesIO(data)) as image:
             sides.add(image.size)
     assert len(sides) == 1  # all alike, so that rows compare
+    assert BUDGET_BYTES * 4 / 3 + 300_000 < 10_000_000  # base64, and the page around them
 
 
 def test_details_hold_stages_settings_digests_and_versions(html: str, page: Page) -> None:
