@@ -82,13 +82,14 @@ class Comparison:
     def sweep(self, rows: Sequence[str]) -> dict[str, list[SweepPoint]]:
         """These rows over guidance scales; see ``sweeps``."""
         options, chosen = self.settings.evaluate, {row: self.rows[row] for row in rows}
-        return guidance_sweep(chosen, self.scorer, self.spread(options.sweep_prompts), options.sweep)
+        prompts = self.spread(options.sweep_prompts)
+        return guidance_sweep(chosen, self.scorer, prompts, options.sweep, batch_size=options.batch_size)
 
     def diversity(self, rows: Sequence[str]) -> dict[str, Mean]:
         """Of these rows; see ``sweeps``."""
         options, chosen = self.settings.evaluate, {row: self.rows[row] for row in rows}
         prompts = self.spread(options.diversity_prompts)
-        return diversity(chosen, self.scorer, prompts, seeds=options.diversity_seeds)
+        return diversity(chosen, self.scorer, prompts, seeds=options.diversity_seeds, batch_size=options.batch_size)
 
     def spread(self, count: int) -> list[Prompt]:
         """So many of the prompts at most, from all styles: every n-th."""

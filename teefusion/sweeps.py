@@ -38,13 +38,13 @@ class SweepPoint:
 
 
 def guidance_sweep(
-    rows: Mapping[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], scales: Sequence[float]
+    rows: Mapping[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], scales: Sequence[float], *, batch_size: int
 ) -> dict[str, list[SweepPoint]]:
     """Each row at each scale, one picture a prompt, from the comparison's noise. Nothing of it is timed."""
     texts = [prompt.text for prompt in prompts]
 
     def point(row: Sampler, scale: float) -> SweepPoint:
-        images = row.at(guidance_scale=scale)(prompts)
+        images = _draw(row.at(guidance_scale=scale), prompts, batch_size)
         scores = scorer.score(images, texts)
         return SweepPoint(scale, Mean.of(scores), Mean.of([saturation(image) for image in images]), images)
 
@@ -58,7 +58,8 @@ def diversity(rows: Mapping[str, Sampler], scorer: Scorer, prompts: Sequence[Pro
     """
 
     def embedded(row: Sampler) -> Tensor:
-        return torch.stack([scorer.embed(row.at(seed=row.seed + k)(prompts)) for k in range(seeds)])
+        drawn = (_draw(row.at(seed=row.seed + k), prompts, batch_size) for k in range(seeds))
+        return torch.stack([scorer.embed(images) for images in drawn])
 
     return {name: Mean.of(pairwise_distances(embedded(row)).tolist()) for name, row in rows.items()}
 
@@ -68,6 +69,11 @@ def pairwise_distances(directions_SBD: Tensor) -> Tensor:
     count = len(directions_SBD)
     of_all_B = directions_SBD.sum(dim=0).square().sum(dim=-1)  # of every pair twice, and of each with itself: 1
     return 1 - (of_all_B - count) / (count * (count - 1))
+
+
+def _draw(row: Sampler, prompts: Sequence[Prompt], batch_size: int) -> list[Image.Image]:
+    starts = range(0, len(prompts), batch_size)
+    return [image for start in starts for image in row(prompts[start : start + batch_size])]
 
 
 def saturation(image: Image.Image) -> float:

@@ -10,8 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from teefusion.gate import Evidence, decide
+from teefusion.settings import GateSettings
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -86,3 +90,49 @@ def test_the_tables_of_the_scale_page_are_what_their_program_prints() -> None:
     page = (FOLDER.parent / "docs" / "scale.md").read_text()
     missing = [name for name, table in scale.tables("H200", None).items() if table not in page]
     assert missing == [], "make docs/scale.md's tables anew with benchmarks/scale.py, and read its text again"
+
+
+def test_the_gates_simulation_decides_as_the_gate_does() -> None:
+    gate = load("gate")
+    rules = GateSettings(resamples=1000, min_prompts=2)
+    rng = np.random.default_rng(3)
+    differences = [0.03 * rng.standard_normal((12, 40)) for _ in range(gate.STYLES)]
+    simulated = gate.passes(differences, rules)
+    decided = [
+        decide(
+            Evidence(
+                styles=[f"style {k}" for k in range(gate.STYLES) for _ in range(12)],
+                teacher_prompts=(prompts := [f"{k}/{n:02d}" for k in range(gate.STYLES) for n in range(12)]),
+                student_prompts=prompts,
+                teacher_scores=[1.0] * 48,
+                student_scores=[1.0 + value for style_NT in differences for value in style_NT[:, trial]],
+                nfe_teacher=2.0,
+                nfe_student=1.0,
+                seconds_teacher=2.0,
+                seconds_student=1.0,
+                diversity_teacher=1.0,
+                diversity_student=1.0,
+                guidance_residual=0.1,
+            ),
+            rules,
+        ).passed
+        for trial in range(40)
+    ]
+    assert 0 < sum(decided) < 40
+    assert simulated.tolist() == decided
+
+
+def test_the_recorded_simulation_keeps_what_the_gate_promises() -> None:
+    page = (FOLDER.parent / "docs" / "results" / "gate.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and " % | " in line]
+    of_80_and_more = [row for row in rows if row[1] in ("80", "800")]
+    assert len(of_80_and_more) == 12
+    assert all(float(cell.split()[0]) <= 5 for row in of_80_and_more for cell in row[2:4])
+
+
+def test_the_bare_loop_scores_as_the_scorer_does(tiny_scorer: Path) -> None:
+    scoring = load("scoring")
+    options = {"scorer": str(tiny_scorer), "device": "cpu", "pictures": 6, "side": 24, "batch": 4, "rounds": 1}
+    result = scoring.measure(argparse.Namespace(**options))
+    assert result["largest_difference"] < 1e-3
+    assert result["ratio_to_bare_loop"] > 0

@@ -38,6 +38,10 @@ def test_residual_is_a_ratio_of_sums_overall_and_by_bucket() -> None:
     first, last = meter.by_guidance()
     assert (first["low"], first["high"], first["residual"]) == (1.0, 2.0, pytest.approx(0.25))
     assert (last["low"], last["residual"]) == (6.0, pytest.approx(4 / 12))
+    rows = [(row["low"], cell) for row in meter.by_sigma_and_guidance() for cell in row["by_guidance"]]
+    assert [sigma for sigma, _ in rows] == pytest.approx([0, 1 / 6, 5 / 6])
+    assert [cell["low"] for _, cell in rows] == [1, 6, 6]
+    assert [cell["residual"] for _, cell in rows] == pytest.approx([1 / 4, 4 / 4, 0])
 
 
 def test_a_student_that_copies_the_conditional_velocity_has_residual_one() -> None:

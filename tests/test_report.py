@@ -36,7 +36,7 @@ from teefusion.report import (
     Timing,
     render_report,
 )
-from teefusion.report.pictures import data_uris
+from teefusion.report.pictures import BUDGET_BYTES, data_uris
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "br", "input"}
@@ -357,6 +357,7 @@ def test_small_pictures_stay_as_they_are_and_many_large_ones_shrink_into_the_bud
         with Image.open(io.BytesIO(data)) as image:
             sides.add(image.size)
     assert len(sides) == 1  # all alike, so that rows compare
+    assert BUDGET_BYTES * 4 / 3 + 300_000 < 10_000_000  # base64, and the page around them
 
 
 def test_details_hold_stages_settings_digests_and_versions(html: str, page: Page) -> None:
@@ -556,3 +557,42 @@ def test_a_browser_would_be_caught_asking_and_the_policy_stops_it(html: str, tmp
     (tmp_path / "closed").mkdir()
     assert browse(f"<!DOCTYPE html>{foreign}", tmp_path / "open")[1] == ["http://example.com/x.png"]
     assert browse(html.replace("</main>", f"{foreign}</main>"), tmp_path / "closed")[1] == []
+
+
+def acting(html: str, action: str) -> str:
+    """The page with an action appended to its script, which the policy then allows."""
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest, changed = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, script + action)
+    )
+    return html.replace(digest, changed).replace(script, script + action)
+
+
+def test_the_viewer_opens_a_picture_beside_its_partner_with_a_slider_between(html: str, tmp_path: Path) -> None:
+    action = """
+      document.querySelector('button[data-name="Student"]').click();
+      const slider = document.querySelector('[data-part="split"]');
+      slider.value = 30;
+      slider.dispatchEvent(new Event("input"));
+    """
+    page = Page(browse(acting(html, action), tmp_path)[0])
+    (viewer,) = page.named("dialog")
+    assert "open" in viewer
+    assert viewer["style"] == "--split: 30%;"
+    under, over = (next(a for a in page.named("img") if a.get("data-part") == part) for part in ("under", "over"))
+    assert over["alt"] == "a red star: Teacher"  # the left one, up to the handle
+    assert under["alt"] == "a red star: Student"
+    assert page.texts["viewer-prompt"] == "a red star"
+
+
+def test_in_the_sweep_the_viewer_holds_rows_against_each_other_at_the_same_scale(html: str, tmp_path: Path) -> None:
+    action = """
+      document.querySelector('button[data-name="Student, s = 4"]').click();
+      document.body.dataset.opened = document.querySelector('[data-part="over"]').alt;
+      document.querySelector('[data-part="next"]').click();  // once round, as there are two figures
+    """
+    page = Page(browse(acting(html, action), tmp_path)[0])
+    (body,) = page.named("body")
+    assert body["data-opened"] == "a red star: Teacher, s = 4"
+    alts = {a["data-part"]: a["alt"] for a in page.named("img") if "data-part" in a}
+    assert alts == {"over": "a red star: Unguided", "under": "a red star: Teacher"}

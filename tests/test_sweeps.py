@@ -54,7 +54,7 @@ def test_distances_are_one_minus_the_cosine_over_pairs() -> None:
 
 def test_a_row_whose_pictures_do_not_follow_the_noise_has_no_diversity() -> None:
     rows = {"same": Sampler(by_scale, [], 4.0, 0), "other": Sampler(by_noise, [], 4.0, 0)}
-    found = diversity(rows, ColorScorer(), PROMPTS * 4, seeds=4)  # type: ignore[arg-type]
+    found = diversity(rows, ColorScorer(), PROMPTS * 4, seeds=4, batch_size=3)  # type: ignore[arg-type]
     assert found["same"].mean == pytest.approx(0, abs=1e-6)
     assert 0.3 < found["other"].mean <= 1
     assert found["other"].n == 8
@@ -62,7 +62,8 @@ def test_a_row_whose_pictures_do_not_follow_the_noise_has_no_diversity() -> None
 
 def test_the_sweep_follows_the_scale_and_leaves_the_row_as_it_was() -> None:
     row = Sampler(by_scale, [], 4.0, 0)
-    points = guidance_sweep({"student": row}, ColorScorer(), PROMPTS, (1.0, 2.0))["student"]  # type: ignore[arg-type]
+    swept = guidance_sweep({"student": row}, ColorScorer(), PROMPTS, (1.0, 2.0), batch_size=1)  # type: ignore[arg-type]
+    points = swept["student"]
     assert [point.score.mean for point in points] == [10.0, 20.0]
     assert points[0].saturation.mean == 0  # grey
     assert points[1].saturation.mean == pytest.approx(0.5, abs=0.01)  # 10 of 20

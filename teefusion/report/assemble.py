@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from teefusion.sweeps import SweepPoint
 
 _LOOKS: dict[str, tuple[str, Color]] = {
-    "unguided": ("Teacher without guidance", "unguided"),
-    "cfg": ("Teacher, plain CFG", "cfg"),
-    "cfg_matched": ("CFG at effective guidance", "matched"),
+    "unguided": ("Unguided teacher", "unguided"),
+    "cfg": ("Plain CFG", "cfg"),
+    "cfg_matched": ("CFG, matched guidance", "matched"),
     "teacher": ("Teacher", "teacher"),
     "student": ("Student", "student"),
     "champion": ("Champion", "champion"),

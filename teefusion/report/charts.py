@@ -156,7 +156,7 @@ def _score_chart(axes: Axes, data: ReportData) -> None:
         )
     _name_rows(axes, styles)
     axes.set_xlabel("score, with its 95 % interval")
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.2, columnspacing=1.0)
+    _legend(axes)
 
 
 def _difference_plot(pairing: Pairing, decimals: int) -> Plot:
@@ -166,7 +166,7 @@ def _difference_plot(pairing: Pairing, decimals: int) -> Plot:
             _interval(axes, place, interval)
         axes.margins(x=0.12)
         _name_rows(axes, list(pairing.intervals))
-        axes.set_xlabel(f"{pairing.title}, score points (0: the same)")
+        axes.set_xlabel("difference in score points (0: the same)")
 
     return plot
 
@@ -199,7 +199,13 @@ def _seconds_chart(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("score, with its 95 % interval")
     axes.grid(linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.2, columnspacing=1.0)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the chart, as wide as it is."""
+    columns = 3 if len(axes.get_legend_handles_labels()[1]) <= 3 else 2
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handletextpad=0.2, columnspacing=1.0)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -237,7 +243,7 @@ def _control_plot(data: ReportData, name: str, ylabel: str) -> Plot:
         axes.set_ylabel(ylabel)
         axes.grid(axis="y", linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.2, columnspacing=1.0)
+        _legend(axes)
 
     return plot
 

@@ -14,6 +14,7 @@ from teefusion.settings import Settings
 from teefusion.workspace import Workspace
 
 log = logging.getLogger(__name__)
+ROW_ORDER = ("unguided", "cfg", "cfg_matched", "teacher", "student", "champion")
 
 
 Outcome = Literal["registered", "rejected", "failed", "cancelled"]
@@ -141,7 +142,10 @@ def summary_text(summary: dict[str, Any]) -> str:
     lines = [
         "",
         f"  {'score':<12}" + "".join(f"{name:>14}" for name in ("overall", *styles)),
-        *(f"  {row:<12}" + "".join(f"{scores[row][name]:>14.2f}" for name in ("overall", *styles)) for row in scores),
+        *(
+            f"  {row:<12}" + "".join(f"{scores[row][name]:>14.2f}" for name in ("overall", *styles))
+            for row in sorted(scores, key=ROW_ORDER.index)
+        ),
         "",
         f"  forwards a picture   teacher {nfe['teacher']:g}, student {nfe['student']:g}",
         f"  seconds a picture    teacher {seconds['teacher']:.3f}, student {seconds['student']:.3f}"
