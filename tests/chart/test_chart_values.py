@@ -91,6 +91,12 @@ def test_values_that_do_not_fit_together_are_refused_in_words(values: Json, told
         render(values)
 
 
+def test_further_objects_know_the_release() -> None:
+    text = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: '{{ .Release.Name }}-more'\n"
+    same = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-again"}}
+    assert {"teefusion-more", "teefusion-again"} <= render({"extraObjects": [text, same]}).names("ConfigMap")
+
+
 def test_schema_knows_each_value_and_no_other() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
 
