@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts import (
-    CHART,
-    Release,
-)
+from tests.charts import CHART, Release
 
 
 def _queries(prefix: str) -> set[str]:

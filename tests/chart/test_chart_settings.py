@@ -11,17 +11,7 @@ import yaml
 
 from teefusion.settings import Settings, load_settings
 from teefusion.storage import S3Credentials
-from tests.charts import (
-    CASES,
-    CHART,
-    FILES,
-    Json,
-    Release,
-    chart,
-    merged,
-    render,
-    values_of,
-)
+from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, render, values_of
 
 
 @pytest.mark.parametrize("case", ["defaults", *FILES])

@@ -10,15 +10,7 @@ import tomllib
 import helm_python
 import pytest
 
-from tests.charts import (
-    CHART,
-    FILES,
-    Json,
-    chart,
-    notes,
-    render,
-    values_of,
-)
+from tests.charts import CHART, FILES, Json, chart, notes, render, values_of
 
 ROOT = CHART.parents[1]
 
