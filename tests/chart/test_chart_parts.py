@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.charts import (
-    FILES,
-    NAMESPACE,
-    RELEASE,
-    Release,
-    render,
-)
+from tests.charts import FILES, NAMESPACE, RELEASE, Release, render
 
 # Secrets and claims that a person makes, as the values files and docs/install.md say.
 MADE_BEFORE = {

@@ -5,13 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.charts import (
-    FILES,
-    Json,
-    Release,
-    merged,
-    render,
-)
+from tests.charts import FILES, Json, Release, merged, render
 
 
 def test_pods_keep_to_the_restricted_standard(release: Release) -> None:

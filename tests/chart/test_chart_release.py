@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.charts import (
-    FILES,
-    NAMESPACE,
-    RELEASE,
-    chart,
-    merged,
-)
+from tests.charts import FILES, NAMESPACE, RELEASE, chart, merged
 from tests.helm_cluster import HelmCluster
 
 

@@ -11,17 +11,7 @@ import yaml
 
 from teefusion.settings import Settings, load_settings
 from teefusion.storage import S3Credentials
-from tests.charts import (
-    CASES,
-    CHART,
-    FILES,
-    Json,
-    Release,
-    chart,
-    merged,
-    render,
-    values_of,
-)
+from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, render, values_of
 
 
 @pytest.mark.parametrize("case", ["defaults", *FILES])
@@ -44,7 +34,8 @@ def test_settings_are_those_of_the_values(
     cluster = settings.cluster
     assert (cluster.runtime, cluster.service_account) == ("teefusion-torch", "teefusion-trainer")
     assert (cluster.s3_secret, cluster.mlflow_secret) == ("teefusion-s3", "teefusion-mlflow")
-    assert cluster.hub_secret == (values["hub"]["existingSecret"] or "teefusion-hub")
+    if values["hub"]["existingSecret"]:
+        assert cluster.hub_secret == values["hub"]["existingSecret"]
     assert cluster.queue == ("teefusion" if values["training"]["queue"]["enabled"] else None)
     assert (cluster.volume_claim, str(cluster.volume_path)) == ("teefusion-work", "/shared")
     assert settings.workdir.is_relative_to("/shared")

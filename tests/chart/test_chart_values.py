@@ -10,15 +10,7 @@ import tomllib
 import helm_python
 import pytest
 
-from tests.charts import (
-    CHART,
-    FILES,
-    Json,
-    chart,
-    notes,
-    render,
-    values_of,
-)
+from tests.charts import CHART, FILES, Json, chart, notes, render, values_of
 
 ROOT = CHART.parents[1]
 
@@ -89,6 +81,12 @@ INCOMPLETE: list[tuple[Json, str]] = [
 def test_values_that_do_not_fit_together_are_refused_in_words(values: Json, told: str) -> None:
     with pytest.raises(helm_python.HelmError, match=re.escape(told)):
         render(values)
+
+
+def test_further_objects_know_the_release() -> None:
+    text = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: '{{ .Release.Name }}-more'\n"
+    same = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-again"}}
+    assert {"teefusion-more", "teefusion-again"} <= render({"extraObjects": [text, same]}).names("ConfigMap")
 
 
 def test_schema_knows_each_value_and_no_other() -> None:

@@ -42,7 +42,7 @@ def write_auth_settings(path: Path, uri: str, default_permission: str) -> None:
 def main() -> None:
     uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
     auth = os.environ.get("MLFLOW_AUTH_CONFIG_PATH")
-    engine = create_sqlalchemy_engine_with_retry(uri)  # for some minutes: a new database takes its time
+    engine = create_sqlalchemy_engine_with_retry(uri)  # for a minute or two: a new database takes its time
     with turn(engine):
         mlflow.db.commands.main(["upgrade", uri], standalone_mode=False)
         if auth:
