@@ -24,7 +24,10 @@ class MlflowSettings(Section):
 
 
 class StorageSettings(Section):
-    """Where target sets are kept, and how S3 is spoken to. Credentials come from the environment, never from here."""
+    """Where target sets and registered students are kept, and how S3 is spoken to.
+
+    Credentials come from the environment, never from here.
+    """
 
     uri: str | None = None
     """A folder, `file:///folder` or `s3://bucket/prefix`; none is the workdir."""
