@@ -51,7 +51,9 @@ def guidance_sweep(
     return {name: [point(row, scale) for scale in scales] for name, row in rows.items()}
 
 
-def diversity(rows: Mapping[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], *, seeds: int) -> dict[str, Mean]:
+def diversity(
+    rows: Mapping[str, Sampler], scorer: Scorer, prompts: Sequence[Prompt], *, seeds: int, batch_size: int
+) -> dict[str, Mean]:
     """For each row the mean distance between a prompt's pictures of ``seeds`` seeds, over prompts; 2 seeds at least.
 
     A distance is 1 - cosine in the scorer's image space. The first seed is the comparison's.
