@@ -86,7 +86,7 @@ def _size(task: dsl.PipelineTask, step: PipelineStep, own: StepSettings, setting
 
 
 def _accelerators(step: PipelineStep, settings: Settings) -> int:
-    """One a process, unless their number is set."""
-    if settings.device == "cpu":
-        return 0
-    return settings.cluster.accelerators or int(getattr(settings, step).num_processes)
+    """One a process and none on a CPU, unless their number is set."""
+    if settings.cluster.accelerators is not None:
+        return settings.cluster.accelerators
+    return 0 if settings.device == "cpu" else int(getattr(settings, step).num_processes)

@@ -128,6 +128,21 @@ def test_steps_that_compute_have_a_node_and_the_others_a_small_image() -> None:
         assert memory == ("4Gi" if step == "register" else None)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ({"cluster.accelerators": None, "train.num_processes": 2}, "2"),
+        ({"cluster.accelerators": None, "device": "cpu"}, None),
+        ({"cluster.accelerators": 0}, None),
+    ],
+)
+def test_a_step_has_an_accelerator_a_process_unless_their_number_is_set(
+    overrides: dict[str, Any], count: str | None
+) -> None:
+    spec, _ = compiled(overrides)
+    assert container(spec, "train")["resources"].get("accelerator", {}).get("resourceCount") == count
+
+
 def test_every_step_gets_secrets_and_settings_by_reference_the_volume_and_restricted_rights() -> None:
     spec, platform = compiled()
     for step in (*GPU, *SMALL):
