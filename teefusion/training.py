@@ -34,6 +34,7 @@ from teefusion.families import TextEmbeddings
 from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.heldout import HeldOut
+from teefusion.lora import make_trainable
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
@@ -82,13 +83,6 @@ class _Position:
     seconds: float = 0.0
     skipped: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
 
 class _Run:
     """Everything a training run holds, built once."""
@@ -118,8 +112,7 @@ class _Run:
             None if steps == strategy.num_steps else functools.partial(self._conditional, transformer.to(self.device))
         )
         self.position = _Position()
-        self.engine.prepare(fuse(transformer, self.fusion).train().requires_grad_(True))
-        self.accelerator.register_for_checkpointing(self.position)
+        self.engine.prepare(make_trainable(fuse(transformer, self.fusion), self.options.lora_rank).train())
         self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
         self._stopping = False
         self._skipped: list[str] = []  # names of the states of the steps skipped in a row
@@ -130,7 +123,9 @@ class _Run:
 
     def complete(self) -> dict[str, Any]:
         """Train to the last step, export, and return the record. Raises InterruptedRunError when told to stop."""
-        resumed = load_latest(self.engine, self.output / "checkpoints")
+        saved = load_latest(self.engine, self.output / "checkpoints")
+        self.position = _Position(**saved) if saved else _Position()
+        resumed = self.position.step
         self.tracker.log_params({"fusion": self.fusion.model_dump(), **self.settings.content()})
         if resumed == 0:
             self._evaluate()
@@ -231,7 +226,10 @@ class _Run:
             self._evaluate()
         stopping = self._anyone_stopping()
         if (step % options.checkpoint_every == 0 or stopping) and not last:
-            save_checkpoint(self.engine, self.output / "checkpoints", step, keep=options.keep_checkpoints)
+            position = dataclasses.asdict(self.position)
+            save_checkpoint(
+                self.engine, self.output / "checkpoints", step, position=position, keep=options.keep_checkpoints
+            )
         if stopping and not last:
             raise InterruptedRunError(
                 f"Told to stop (SIGTERM) at step {step} of {options.steps}; a checkpoint is in "
@@ -290,8 +288,11 @@ class _Run:
             weights = self.engine.whole_weights()
         record: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            record = self._record(meter, resumed, parameters=sum(weight.numel() for weight in weights.values()))
             student = export_student(self.settings, self.fusion, weights, self.output / "student")
+            record = self._record(meter, resumed) | {
+                "parameters": sum(weight.numel() for weight in student.transformer.parameters()),
+                "trained_parameters": sum(weight.numel() for weight in weights.values()),
+            }
             sheet = sample_sheet(self.settings, student, self.sample_prompts)
             if sheet is not None:
                 self.tracker.log_image(sheet, "samples.png")
@@ -300,7 +301,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return record
 
-    def _record(self, meter: ResidualMeter, resumed: int, *, parameters: int) -> dict[str, Any]:
+    def _record(self, meter: ResidualMeter, resumed: int) -> dict[str, Any]:
         position = self.position
         return {
             "guidance_residual": meter.overall,
@@ -312,7 +313,6 @@ class _Run:
             "skipped_steps": position.skipped,
             "resumed_from": resumed,
             "seconds": round(position.seconds, 3),
-            "parameters": parameters,
             "ranks": self.accelerator.num_processes,
             "zero_stage": self.options.zero_stage,
             "fusion": self.fusion.model_dump(),

@@ -50,6 +50,7 @@ def _track(settings: Settings, summary: dict[str, Any]) -> None:
     if summary["report"]:
         tracker.log_file(Path(summary["report"]))
     tracker.finish(failed=summary["error"] is not None)
+    tracker.close()
 
 
 def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
