@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.heldout import HeldOut
 from teefusion.lora import make_trainable
 from teefusion.manifests import Manifest, read_manifest
+from teefusion.memory import MemoryMeter, describe_trial
 from teefusion.onpolicy import OnPolicyStream
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
@@ -49,8 +51,8 @@ from teefusion.tracking import Tracker
 from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
-RESULT = "training.json"
-_SAMPLE_PROMPTS = 4
+RESULT, DRY_RUN = "training.json", "dry-run.json"
+_SAMPLE_PROMPTS, _TRIED_STEPS = 4, 2
 
 
 def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
@@ -73,6 +75,23 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
+    """Build everything, take a few steps, and return what they took; every rank has to. Leaves ``DRY_RUN`` in output.
+
+    Writes no checkpoint, no student and nothing to MLflow. Raises as ``train``.
+    """
+    store = open_shards(settings, targets)
+    manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
+    try:
+        run = _Run(settings, manifest, store, output, [], tracked=False)
+        record = run.try_out()
+        if run.accelerator.is_main_process:
+            write_json(output / DRY_RUN, record)
+        return record
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @dataclasses.dataclass
 class _Position:
     """Where training stands; saved with each checkpoint."""
@@ -88,7 +107,14 @@ class _Run:
     """Everything a training run holds, built once."""
 
     def __init__(
-        self, settings: Settings, manifest: Manifest, targets: Reader, output: Path, sample_prompts: list[str]
+        self,
+        settings: Settings,
+        manifest: Manifest,
+        targets: Reader,
+        output: Path,
+        sample_prompts: list[str],
+        *,
+        tracked: bool = True,
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.sample_prompts = sample_prompts
@@ -96,7 +122,8 @@ class _Run:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
         set_seed(self.options.seed)
-        self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
+        self.tracker = Tracker.open(settings, enabled=tracked and self.accelerator.is_main_process)
+        self.memory = MemoryMeter(self.device)
         transformer, self.family = load_transformer(settings.teacher)
         steps = settings.student_steps
         self.stream = StateStream(targets, manifest, "train", steps, shuffle_mb=self.options.shuffle_mb)
@@ -134,6 +161,19 @@ class _Run:
         self._loop()
         return self._export(resumed)
 
+    def try_out(self) -> dict[str, Any]:
+        """Take a few steps and say what they took. The first is left out: it is there to make and compile things."""
+        batches, seconds = self._batches(), []
+        for _ in range(1 + _TRIED_STEPS):
+            self.memory.reset()
+            started = time.monotonic()
+            self._step(next(batches).to(self.device))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.monotonic() - started)
+        peak = self.accelerator.reduce(torch.tensor(float(self.memory.peak()), device=self.device), "max")
+        return describe_trial(self.settings, measured_bytes=int(peak), step_seconds=statistics.median(seconds[1:]))
+
     def _on_policy(self, targets: Reader, manifest: Manifest) -> OnPolicyStream:
         """The student's own states; the teacher is held beside it, without text encoders."""
         settings = self.settings
@@ -154,14 +194,7 @@ class _Run:
         )
 
     def _loop(self) -> None:
-        options, accelerator = self.options, self.accelerator
-        batches = self.states.batches(
-            batch_size=options.batch_size,
-            seed=options.seed,
-            start=self.position.step,
-            rank=accelerator.process_index,
-            ranks=accelerator.num_processes,
-        )
+        options, batches = self.options, self._batches()
         started = time.monotonic() - self.position.seconds
         with self._progress() as progress:
             for states in batches:
@@ -173,6 +206,16 @@ class _Run:
                 self._after_step(result)
                 residual = f"residual {self.position.curve[-1][1]:.3f}" if self.position.curve else ""
                 progress.advance(1, note=residual, states=options.batch_size)
+
+    def _batches(self) -> Iterator[States]:
+        """This rank's share of the global batches, from the position on."""
+        return self.states.batches(
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            start=self.position.step,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
 
     def _step(self, states: States) -> StepResult:
         """One optimizer step. Raises TrainingError after too many in a row that were not finite."""
@@ -378,13 +421,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of the prompt set")
     parser.add_argument("--targets", required=True, help="folder or s3:// URI of the target set")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the student")
+    parser.add_argument("--dry-run", action="store_true", help="take a few steps and say what they took")
     arguments = parser.parse_args()
     from teefusion.logs import setup_logging
 
     setup_logging()
     try:
         settings = job_settings(arguments.settings)
-        train(settings, prompts=arguments.prompts, targets=arguments.targets, output=arguments.output)
+        work = dry_run if arguments.dry_run else train
+        work(settings, prompts=arguments.prompts, targets=arguments.targets, output=arguments.output)
     except TeEFusionError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
