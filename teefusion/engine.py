@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -42,9 +42,12 @@ class Engine:
         self.zero = options.zero_stage > 0
         # Told to take the CPU, Accelerate leaves DeepSpeed out; not told so, it needs the backend to find ranks there.
         gloo = self.zero and not torch.cuda.is_available()
+        shared = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True
+        )  # plain ranks have gradients once, not twice
         self.accelerator = Accelerator(
             cpu=cpu and not self.zero,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [shared],
             mixed_precision="bf16" if options.precision == "bfloat16" else "no",
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             deepspeed_plugin=zero.zero_plugin(options) if self.zero else None,

@@ -201,11 +201,10 @@ def _stage(settings: Settings, stage: int, ranks: int, passes: _Passes) -> Stage
     average = 4 * trained if settings.train.ema_decay else 0
     states = (2 if settings.train.optimizer == "adamw_8bit" else 8) * trained
     if stage == 0:
-        # Several ranks have their gradients in DDP's buckets, too.
-        buckets = 4 * trained if ranks > 1 else 0
-        kept = weights + states + average + buckets
-        gradients = 4 * trained + buckets
-        peak = kept + max(passes.with_gradients, 4 * trained)
+        gradients = 4 * trained
+        # Of several ranks DDP's buckets are the gradients, and are there all the time.
+        most = max(passes.with_gradients, gradients) if ranks == 1 else gradients + passes.activations
+        peak = weights + states + average + most
         return StageMemory(stage, weights, gradients, states, average, passes.activations, peak)
     part = -(-trained // ranks)
     masters, states, average = 4 * part, 8 * part, 4 * part if settings.train.ema_decay else 0
@@ -223,9 +222,9 @@ def _stage(settings: Settings, stage: int, ranks: int, passes: _Passes) -> Stage
     return StageMemory(stage, weights + masters, gradients, states, average, passes.activations, peak)
 
 
-def describe_trial(settings: Settings, *, measured_bytes: int, step_seconds: float) -> dict[str, Any]:
+def describe_trial(settings: Settings, *, cpu: bool, measured_bytes: int, step_seconds: float) -> dict[str, Any]:
     """What a dry run of a few steps says of the whole run; JSON-ready."""
-    estimate = estimate_memory(settings, cpu=settings.device == "cpu")
+    estimate = estimate_memory(settings, cpu=cpu)
     stage, options = estimate["stages"][settings.train.zero_stage], settings.train
     shape = teacher_shape(settings.teacher)
     tokens = (
@@ -273,15 +272,17 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        if not self._cuda:
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # or glibc keeps what is freed, and it counts
-            self._before = _resident("VmRSS")
+        self._before = 0 if self._cuda else _resident("VmRSS")
 
     def reset(self) -> None:
-        """Begin a new peak."""
+        """Begin a new peak. On a CPU allocations are slower from then on."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         else:
+            # Else glibc keeps what is freed, and it counts: before, and from now on.
+            library = ctypes.CDLL(None)
+            library.malloc_trim(0)
+            library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:

@@ -122,7 +122,7 @@ class _Run:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
         set_seed(self.options.seed)
-        self.tracker = Tracker.open(settings, enabled=tracked and self.accelerator.is_main_process)
+        self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process and tracked)
         self.memory = MemoryMeter(self.device)
         transformer, self.family = load_transformer(settings.teacher)
         steps = settings.student_steps
@@ -172,7 +172,8 @@ class _Run:
                 torch.cuda.synchronize(self.device)
             seconds.append(time.monotonic() - started)
         peak = self.accelerator.reduce(torch.tensor(float(self.memory.peak()), device=self.device), "max")
-        return describe_trial(self.settings, measured_bytes=int(peak), step_seconds=statistics.median(seconds[1:]))
+        cpu, step_seconds = self.device.type == "cpu", statistics.median(seconds[1:])
+        return describe_trial(self.settings, cpu=cpu, measured_bytes=int(peak), step_seconds=step_seconds)
 
     def _on_policy(self, targets: Reader, manifest: Manifest) -> OnPolicyStream:
         """The student's own states; the teacher is held beside it, without text encoders."""

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import signal
-import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import pytest
 import torch
 
 from teefusion.settings import Settings
+from tests.test_kills import killer
 from tests.test_training import Job, assert_close, assert_equal
 
 Make = Callable[..., Settings]
@@ -71,25 +67,10 @@ def test_a_rank_that_dies_is_started_again_and_the_end_is_the_same(
     job = Job(make_settings, tmp_path)
     values = TWO | {"train.zero_stage": stage, "train.steps": 40, "train.checkpoint_every": 2}
     job.train("whole", values)
-    killer = threading.Thread(target=kill_one_rank, args=(tmp_path / "killed" / "checkpoints",))
-    killer.start()
-    record = job.train("killed", values | {"train.max_restarts": 1})
-    killer.join()
+    with killer(tmp_path / "killed", [(0, 2)]):
+        record = job.train("killed", values | {"train.max_restarts": 1})
     assert record["resumed_from"] > 0
     assert_equal(job.weights("whole"), job.weights("killed"))
-
-
-def kill_one_rank(checkpoints: Path) -> None:
-    """Once there is a checkpoint."""
-    while not list(checkpoints.glob("step-*/digests.json")):
-        time.sleep(0.05)
-    ranks = subprocess.run(
-        ["pgrep", "-f", f"teefusion.training .*{checkpoints.parent}"], capture_output=True, text=True
-    )
-    for pid in ranks.stdout.split():
-        if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
-            return
 
 
 def test_bfloat16_with_zero_keeps_float32_master_weights(make_settings: Make, tmp_path: Path) -> None:
