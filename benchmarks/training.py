@@ -8,7 +8,8 @@ The first takes turns between this package's loop, from stored targets, and the 
 the teacher's guided velocity in the loop (two forwards in a batch of two, without gradient), then the same loss,
 optimizer, clipping and average on stock parts. Both see the same states in the same order, so their losses have to
 agree. The plain loop gets its states and text embeddings for nothing. ``speedup_same_step`` gives it our optimizer
-step, too: what is left is the teacher. The share of time spent waiting for data is taken from a folder and from an S3 server here.
+step, too: what is left is the teacher. The share of time spent waiting for data is taken from a folder and from an S3
+server here.
 
 The second needs no checkpoint: random weights of that shape, and the time of a step in its parts. The third fits one
 law to the time of a step over resolution, batch and parameters.

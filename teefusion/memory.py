@@ -216,7 +216,8 @@ def _stage(settings: Settings, stage: int, ranks: int, passes: _Passes) -> Stage
     if settings.train.offload:
         masters = states = average = 0
     kept = weights + masters + states + average
-    gradients = held + bucket
+    # At stage 3 a bucket is copied once more to be scattered, and its parts come back as tensors of their own.
+    gradients = held + bucket + (bucket + bucket // ranks if stage == 3 else 0)
     step = held + (0 if settings.train.offload else 4 * part)  # the optimizer's own, in float32
     peak = kept + max(passes.activations + gathered + gradients, step)
     return StageMemory(stage, weights + masters, gradients, states, average, passes.activations, peak)

@@ -39,6 +39,7 @@ from teefusion.lora import make_trainable
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.memory import MemoryMeter, describe_trial
 from teefusion.onpolicy import OnPolicyStream
+from teefusion.pace import Pace
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import JOB_VARIABLE, Settings, TrainSettings, job_settings
@@ -141,6 +142,7 @@ class _Run:
         self.position = _Position()
         self.engine.prepare(make_trainable(fuse(transformer, self.fusion), self.options.lora_rank).train())
         self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
+        self.pace = Pace(settings, self.device, self.accelerator.num_processes)
         self._stopping = False
         self._skipped: list[str] = []  # names of the states of the steps skipped in a row
 
@@ -198,9 +200,10 @@ class _Run:
         options, batches = self.options, self._batches()
         started = time.monotonic() - self.position.seconds
         with self._progress() as progress:
-            for states in batches:
-                if self.position.step >= options.steps:
-                    break
+            while self.position.step < options.steps:
+                asked = time.monotonic()
+                states = next(batches)
+                self.pace.take(options.batch_size, time.monotonic() - asked)
                 result = self._step(states.to(self.device))
                 self.position.step += 1
                 self.position.seconds = time.monotonic() - started
@@ -290,14 +293,12 @@ class _Run:
     def _log_loss(self, result: StepResult) -> None:
         value = float(result.loss)
         self.position.losses.append((self.position.step, value))
-        rate = self.options.batch_size * self.position.step / max(self.position.seconds, 1e-9)
         metrics = {
             "train/loss": value,
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": self.engine.learning_rate(),
-            "train/states_per_second": rate,
             "train/skipped_steps": float(self.position.skipped),
-        }
+        } | self.pace.metrics()
         if self.device.type == "cuda":
             metrics["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.tracker.log_metrics(metrics, step=self.position.step)
@@ -357,6 +358,7 @@ class _Run:
             "skipped_steps": position.skipped,
             "resumed_from": resumed,
             "seconds": round(position.seconds, 3),
+            "data_wait_seconds": round(self.pace.waited, 3),
             "ranks": self.accelerator.num_processes,
             "zero_stage": self.options.zero_stage,
             "fusion": self.fusion.model_dump(),

@@ -343,6 +343,9 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> N
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
     assert run.data.params["train.steps"] == "6"
     assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
+    assert {"train/grad_norm", "train/learning_rate", "train/states_per_second"} <= run.data.metrics.keys()
+    assert any(name.startswith("heldout/residual_sigma_") for name in run.data.metrics)
+    assert 0 <= run.data.metrics["train/data_wait_share"] < 1
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
     assert steps == [0, 3, 6]
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["samples.png"]
