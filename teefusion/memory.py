@@ -122,9 +122,10 @@ def _passes(settings: Settings, micro: int, *, cpu: bool, cast: bool) -> _Passes
     bfloat16 = options.precision == "bfloat16"
     dtype = torch.bfloat16 if cast else torch.float32
     outline = shape.outline(dtype=dtype)
+    model = make_trainable(outline.transformer, options.lora_rank).train()
     attention = plain_attention() if cpu else contextlib.nullcontext()
     with FakeTensorMode(), attention:
-        model = make_trainable(_without_data(outline.transformer).train(), options.lora_rank)
+        _without_data(model)
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         latents = shape.family.latent_shape(outline, settings.teacher.height, settings.teacher.width)
@@ -146,16 +147,16 @@ def _passes(settings: Settings, micro: int, *, cpu: bool, cast: bool) -> _Passes
     )
 
 
-def _without_data(model: Any) -> Any:
-    """The model of the meta device with fake tensors of the CPU; its own ``to`` cannot."""
+def _without_data(model: nn.Module) -> None:
+    """Put fake tensors of the CPU in place of those of the meta device, which the model's own ``to`` cannot."""
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype))
+                empty = torch.empty(weight.shape, dtype=weight.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=weight.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return model
 
 
 class _Live(TorchDispatchMode):

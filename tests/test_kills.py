@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,53 +22,56 @@ from tests.test_training import Job, assert_equal
 Make = Callable[..., Settings]
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as in every process of these tests: the last bits of sums depend on it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def run(settings: str, prompts: str, targets: str, output: str) -> None:
-    """Body of a run's process."""
-    from teefusion.training import train
+def run(settings: str, prompts: str, targets: str, output: str, begins: Any) -> None:
+    """Body of a run's process, which says when all is built and its steps begin."""
+    from teefusion import training
 
-    train(settings_from_json(settings), prompts=Path(prompts), targets=targets, output=Path(output))
+    load = training.load_latest
+    training.load_latest = lambda *arguments: (load(*arguments), begins.set())[0]
+    training.train(settings_from_json(settings), prompts=Path(prompts), targets=targets, output=Path(output))
 
 
-@pytest.mark.slow
 def test_killed_at_thirty_random_moments_it_ends_with_the_same_bits(make_settings: Make, tmp_path: Path) -> None:
     job, chance = Job(make_settings, tmp_path), random.Random(1)
-    values = {"train.steps": 120, "train.checkpoint_every": 1, "train.eval_every": 40, "train.ema_decay": 0.9}
+    values = {"train.steps": 300, "train.checkpoint_every": 1, "train.eval_every": 40, "train.ema_decay": 0.9}
     settings = make_settings(values).to_json()
     context = multiprocessing.get_context("forkserver")  # that has imported everything
     context.set_forkserver_preload(["teefusion.training", "diffusers.pipelines.stable_diffusion_3", "mlflow"])
 
-    def start(name: str) -> multiprocessing.process.BaseProcess:
+    def start(name: str) -> tuple[multiprocessing.process.BaseProcess, Any]:
+        begins = context.Event()
         paths = (str(job.prompts), str(job.targets), str(tmp_path / name))
-        process = context.Process(target=run, args=(settings, *paths))
+        process = context.Process(target=run, args=(settings, *paths, begins))
         process.start()
-        return process
+        return process, begins
 
     def finish(name: str) -> None:
-        process = start(name)
+        process, _ = start(name)
         process.join()
         assert process.exitcode == 0
 
     finish("whole")
-    kills = 0
-    while kills < 30:
-        process = start("killed")
-        process.join(timeout=chance.uniform(0.5, 4.0))
-        if process.pid and process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
+    for kill in range(30):
+        process, begins = start("killed")
+        if kill % 5:  # the others die while they are being built
+            begins.wait()
+        process.join(timeout=chance.uniform(0.0, 0.5))
+        process.kill()
         process.join()
     finish("killed")
     assert read_json(tmp_path / "killed" / "training.json")["resumed_from"] > 0
     assert_equal(job.weights("whole"), job.weights("killed"))
 
 
-@pytest.mark.slow
 def test_each_of_two_ranks_is_killed_and_the_run_ends_with_the_same_bits(make_settings: Make, tmp_path: Path) -> None:
     job = Job(make_settings, tmp_path)
     values = {"train.num_processes": 2, "train.steps": 60, "train.checkpoint_every": 2}
@@ -81,10 +85,11 @@ def test_each_of_two_ranks_is_killed_and_the_run_ends_with_the_same_bits(make_se
 @contextlib.contextmanager
 def killer(output: Path, order: Sequence[tuple[int, int]]) -> Iterator[None]:
     """Kills ranks of the run in ``output``: each (rank, step) once there is a checkpoint of that step or later."""
-    thread = threading.Thread(target=lambda: [_kill(output, rank, step) for rank, step in order])
+    thread = threading.Thread(target=lambda: [_kill(output, rank, step) for rank, step in order], daemon=True)
     thread.start()
     yield
-    thread.join()
+    thread.join(timeout=1)
+    assert not thread.is_alive(), "the run ended before all were killed"
 
 
 def _kill(output: Path, rank: int, step: int) -> None:
