@@ -153,16 +153,19 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ways: dict[str, Any] = {"ours": ours, "plain": PlainLoop(copy, settings), "same_step": OnlineStep(same, settings)}
     losses: dict[str, list[float]] = {way: [] for way in ways}
     rates: dict[str, list[float]] = {way: [] for way in ways}
+    worked: dict[str, list[float]] = {way: [] for way in ways}
     waits = []
     for round_number in range(options.rounds + 1):
         for way, loop in ways.items():
-            before, started = ours.waited, time.perf_counter()
+            before, started, cpu = ours.waited, time.perf_counter(), time.process_time()
             losses[way] += [loop.step() for _ in range(options.steps)]
             seconds = time.perf_counter() - started
             if round_number:  # the first pays for allocation
                 rates[way].append(options.steps * settings.train.batch_size / seconds)
+                worked[way].append(time.process_time() - cpu)
                 waits += [(ours.waited - before) / seconds] if way == "ours" else []
     faster = {way: [a / b for a, b in zip(rates["ours"], rates[way], strict=True)] for way in ("plain", "same_step")}
+    less = {way: [b / a for a, b in zip(worked["ours"], worked[way], strict=True)] for way in ("plain", "same_step")}
     gaps = [abs(a - b) / b for a, b in zip(losses["ours"], losses["plain"], strict=True)]
     return {
         "teacher": options.teacher,
@@ -175,6 +178,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "speedup_vs_plain": statistics.median(faster["plain"]),
         "speedup_spread": [min(faster["plain"]), max(faster["plain"])],
         "speedup_same_step": statistics.median(faster["same_step"]),
+        "cpu_seconds_vs_ours": {way: spread(values) for way, values in less.items()},  # steadier on a shared machine
         "data_wait_share": statistics.median(waits),
         "data_wait_share_s3": s3_wait(settings, manifest, store, folder, options) if options.s3 else None,
         "loss_gap": {"mean": statistics.mean(gaps), "greatest": max(gaps)},
@@ -490,6 +494,7 @@ def scaling_text(result: dict[str, Any]) -> str:
 def plot_scaling(result: dict[str, Any], path: Path) -> None:
     """A panel a sweep: what was measured, with its spread, and the law."""
     import matplotlib as mpl
+    import matplotlib.ticker
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -505,8 +510,12 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
         panel.plot(x, [point["law_seconds"] for point in points], label="a + b x FLOPs, one law for all")
         panel.set(xlabel={"pixels": "pixels a side", "batch": "states a step", "layers": "parameters"}[sweep])
         panel.set(xscale="log", yscale="log")
+        panel.set_xticks(x, [f"{value / 1e6:.1f} M" if key == "parameters" else str(value) for value in x])
+        panel.minorticks_off()
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("CPU seconds a step" if result["device"] == "cpu" else "seconds a step")
+    panels[0].yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     panels[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

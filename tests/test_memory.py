@@ -57,7 +57,8 @@ def test_checkpointing_and_smaller_passes_hold_less(make_settings: Make) -> None
 def test_a_lora_has_states_of_what_it_trains_alone(make_settings: Make) -> None:
     settings = make_settings({"train.lora_rank": 2})
     estimate = estimate_memory(settings, cpu=True)
-    assert stage(settings)["optimizer"] == 8 * estimate["trained_parameters"] < estimate["parameters"]
+    assert estimate["trained_parameters"] < estimate["parameters"] / 5
+    assert stage(settings)["optimizer"] == 8 * estimate["trained_parameters"]
 
 
 @pytest.mark.slow
