@@ -43,8 +43,10 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, *, position: dict[s
                 f"Cannot write the checkpoint of step {step} in {folder}: {error}. Free some space and run again: "
                 "training continues from the checkpoint before it."
             ) from error
-        for old in _steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old:08d}")
+        kept = {f"step-{number:08d}" for number in _steps(folder)[-keep:]}
+        for path in folder.iterdir():
+            if path.name not in kept:  # older ones, and what a kill left of writing or of removing one
+                shutil.rmtree(path)
     else:
         for _ in engine.tensors():
             pass

@@ -42,7 +42,7 @@ def run(settings: str, prompts: str, targets: str, output: str, begins: Any) -> 
 
 def test_killed_at_thirty_random_moments_it_ends_with_the_same_bits(make_settings: Make, tmp_path: Path) -> None:
     job, chance = Job(make_settings, tmp_path), random.Random(1)
-    values = {"train.steps": 300, "train.checkpoint_every": 1, "train.eval_every": 40, "train.ema_decay": 0.9}
+    values = {"train.steps": 150, "train.checkpoint_every": 1, "train.eval_every": 40, "train.ema_decay": 0.9}
     settings = make_settings(values).to_json()
     context = multiprocessing.get_context("forkserver")  # that has imported everything
     context.set_forkserver_preload(["teefusion.training", "diffusers.pipelines.stable_diffusion_3", "mlflow"])
@@ -70,6 +70,7 @@ def test_killed_at_thirty_random_moments_it_ends_with_the_same_bits(make_setting
     finish("killed")
     assert read_json(tmp_path / "killed" / "training.json")["resumed_from"] > 0
     assert_equal(job.weights("whole"), job.weights("killed"))
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2  # nothing of the dead is left
 
 
 def test_each_of_two_ranks_is_killed_and_the_run_ends_with_the_same_bits(make_settings: Make, tmp_path: Path) -> None:
