@@ -1,61 +1,62 @@
 """Training checkpoints: published whole, verified when loaded, kept to a number.
 
-A checkpoint is what Accelerate saves (weights, optimizer, random states, registered objects), with a digest file
-written last. Ranks write into one temporary folder, which the main process renames.
+A checkpoint is a folder of safetensors files (float32 weights, optimizer states and averages, by name), ``state.json``
+(counters, and where the run stands), and a file of digests, written last. It says nothing of ranks or of ZeRO: any
+number of them, at any stage, can go on from it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from teefusion.engine import Engine
-from teefusion.errors import IntegrityError, StorageError, TrainingError
-from teefusion.files import read_json, sha256_file, write_json
+from teefusion.errors import IntegrityError, StorageError
+from teefusion.files import read_json, sha256_file, write_bytes, write_json
 
 log = logging.getLogger(__name__)
-_DIGESTS = "digests.json"
-_LAYOUT = "layout.json"
+_DIGESTS, _STATE = "digests.json", "state.json"
 _NAME = re.compile(r"step-(\d{8})")
+_FILE_BYTES = 1 << 30  # what the main process gathers in memory before it writes
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, *, keep: int) -> None:
-    """Publish the state of all ranks as ``folder/step-XXXXXXXX`` and drop all but the newest ``keep``."""
-    accelerator = engine.accelerator
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".writing-{step:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        engine.save(temporary)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
-        raise StorageError(
-            f"Cannot write the checkpoint of step {step} in {folder}: {error}. Free some space and run again: training "
-            "continues from the checkpoint before it."
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / _LAYOUT, engine.layout)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        write_json(temporary / _DIGESTS, {str(path.relative_to(temporary)): sha256_file(path) for path in files})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in _steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old:08d}")
-    accelerator.wait_for_everyone()
+def save_checkpoint(engine: Engine, folder: Path, step: int, *, position: dict[str, Any], keep: int) -> None:
+    """Publish training's state as ``folder/step-XXXXXXXX``, and drop all but the newest ``keep``.
+
+    Every rank takes part, the main process writes. ``position`` is what ``load_latest`` returns. Raises StorageError.
+    """
+    if engine.accelerator.is_main_process:
+        try:
+            _publish(engine, folder, step, position)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as theirs
+            raise StorageError(
+                f"Cannot write the checkpoint of step {step} in {folder}: {error}. Free some space and run again: "
+                "training continues from the checkpoint before it."
+            ) from error
+        kept = {f"step-{number:08d}" for number in _steps(folder)[-keep:]}
+        for path in folder.iterdir():
+            if path.name not in kept:  # older ones, and what a kill left of writing or of removing one
+                shutil.rmtree(path)
+    else:
+        for _ in engine.tensors():
+            pass
+    engine.accelerator.wait_for_everyone()
 
 
-def load_latest(engine: Engine, folder: Path) -> int:
-    """Load the newest checkpoint that is whole; return its step, or 0 when there is none.
+def load_latest(engine: Engine, folder: Path) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole; return its position, or none when there is none.
 
-    A corrupt one is passed over with a warning that names the bad file, and the one before it is used. Raises
-    TrainingError for one that these ranks cannot take up.
+    A corrupt one is passed over with a warning that names the bad file, and the one before it is used.
     """
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step:08d}"
@@ -64,25 +65,58 @@ def load_latest(engine: Engine, folder: Path) -> int:
         except IntegrityError as error:
             log.warning("%s Using the checkpoint before it.", error)
             continue
-        saved = read_json(path / _LAYOUT)
-        if saved != engine.layout:
-            raise TrainingError(
-                f"The checkpoint {path} is of {_told(saved)}, this run has {_told(engine.layout)}. DeepSpeed's "
-                f"checkpoints fit their own layout alone: set it as it was, or delete {folder} to start anew."
-            )
-        engine.load(path)
-        return step
-    return 0
+        state = read_json(path / _STATE)
+        with _reader(path) as tensor:
+            engine.restore(tensor, state["counters"])
+        position: dict[str, Any] = state["position"]
+        return position
+    return None
 
 
-def _told(layout: dict[str, int]) -> str:
-    return f"ZeRO stage {layout['zero_stage']} on {layout['ranks']} ranks" if layout["zero_stage"] else "no ZeRO"
+def _publish(engine: Engine, folder: Path, step: int, position: dict[str, Any]) -> None:
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for number, tensors in enumerate(_files(engine.tensors())):
+        save_file(tensors, temporary / f"tensors-{number:05d}.safetensors")
+    state = {"counters": engine.counters(), "position": position}
+    write_bytes(temporary / _STATE, json.dumps(state).encode())  # a residual in there may be NaN
+    written = sorted(path for path in temporary.iterdir())
+    write_json(temporary / _DIGESTS, {path.name: sha256_file(path) for path in written})
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def _files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Copies on the CPU, a file's worth at a time."""
+    gathered: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        gathered[name] = tensor.to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+        if size >= _FILE_BYTES:
+            yield gathered
+            gathered, size = {}, 0
+    if gathered:
+        yield gathered
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads a tensor by its name."""
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(safe_open(file, framework="pt")) for file in path.glob("*.safetensors")]
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  # a method, and no mapping
+        yield lambda name: file_of[name].get_tensor(name)
 
 
 def _verify(path: Path) -> None:
-    for name, digest in read_json(path / _DIGESTS).items():
+    digests = read_json(path / _DIGESTS)
+    for name, digest in digests.items():
         if not (path / name).exists() or sha256_file(path / name) != digest:
             raise IntegrityError(f"Checkpoint {path} is corrupt: {name} is not what was saved.")
+    if _STATE not in digests:
+        raise IntegrityError(f"Checkpoint {path} is of another version of this program: it has no {_STATE}.")
 
 
 def _steps(folder: Path) -> list[int]:

@@ -208,11 +208,33 @@ def verify(settings: Settings, uri: str | None, repair: bool) -> dict[str, Any]:
     return result | {"_text": "\n".join([*lines, last]), "_exit": int(bool(lines) and not repair)}
 
 
-@_command(*_TEACHER, *_TRAIN, "tracking-uri", "device")
-def train(settings: Settings) -> dict[str, Any]:
+@_command(*_TEACHER, *_TRAIN, "tracking-uri", "device", pinned=False)
+@click.option(
+    "--estimate",
+    is_flag=False,
+    flag_value="H100-SXM",
+    metavar="[DEVICE]",
+    help="Say what memory each ZeRO stage takes on such GPUs, and do nothing; devices as of `targets --estimate`.",
+)
+@click.option("--dry-run", is_flag=True, help="Take a few steps, say what they took, and keep nothing.")
+def train(settings: Settings, estimate: str | None, dry_run: bool) -> dict[str, Any]:
     """Distil a student from stored targets; continues from its last checkpoint."""
+    if estimate:
+        from teefusion.training_memory import estimate_memory, memory_text
+
+        estimated = estimate_memory(settings, cpu=settings.device == "cpu")
+        return estimated | {"_text": memory_text(estimated, estimate)}
+    from teefusion.sources import pin
+    from teefusion.stages.train import dry_run as trial
     from teefusion.stages.train import train as stage
 
+    settings = pin(settings)
+    if dry_run:
+        from teefusion.training_memory import trial_text
+
+        prompts = _prompts(settings)
+        tried = trial(settings, prompts, _targets(settings, prompts))
+        return tried | {"_text": trial_text(tried)}
     prompts = _prompts(settings)
     result = stage(settings, prompts, _targets(settings, prompts))
     shown = _shown(result)

@@ -1,25 +1,23 @@
 """The student in training, on any number of ranks: one optimizer step, averaged weights, whole weights.
 
-Accelerate drives it, by itself or through DeepSpeed ZeRO. Under ZeRO a rank holds part of what the optimizer updates
-(stage 1: its states and float32 weights; 2: gradients too; 3: the weights of the passes, too), and this module is the
-only one that knows. DeepSpeed's own ``safe_get_full_fp32_param`` puts a weight together from all ranks.
+Accelerate drives it, by itself or through DeepSpeed ZeRO (``zero.py``), under which a rank holds part of what the
+optimizer updates. What leaves this module is whole, and the same however it was shared out.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from teefusion import zero
 from teefusion.average import Average
 from teefusion.devices import plain_attention
 from teefusion.errors import TrainingError
@@ -44,23 +42,26 @@ class Engine:
         self.zero = options.zero_stage > 0
         # Told to take the CPU, Accelerate leaves DeepSpeed out; not told so, it needs the backend to find ranks there.
         gloo = self.zero and not torch.cuda.is_available()
+        shared = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True
+        )  # plain ranks have gradients once, not twice
         self.accelerator = Accelerator(
             cpu=cpu and not self.zero,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [shared],
             mixed_precision="bf16" if options.precision == "bfloat16" else "no",
             gradient_accumulation_steps=options.gradient_accumulation_steps,
-            deepspeed_plugin=_plugin(options) if self.zero else None,
+            deepspeed_plugin=zero.zero_plugin(options) if self.zero else None,
         )
         self.device = self.accelerator.device
         # ZeRO keeps the weights of the passes in bfloat16; otherwise they are float32 and autocast does the rest.
         self.input_dtype = torch.bfloat16 if self.zero and options.precision == "bfloat16" else torch.float32
 
     def prepare(self, model: Any) -> None:
-        """Take a float32 model on the CPU. Only the student is in here: nothing frozen is ever sharded."""
+        """Take a float32 model on the CPU, of which what requires a gradient is trained. No teacher is in here."""
         options = self.options
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        base = _optimizer(options, model.parameters())
+        base = _optimizer(options, [weight for weight in model.parameters() if weight.requires_grad])
         # Built on the optimizer that ZeRO wraps: they share the groups that hold the rate.
         self.schedule = get_scheduler(
             "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule,
@@ -78,7 +79,6 @@ class Engine:
         if options.compile:
             self.unwrapped.compile()
         self.average = Average(self._masters(), options.ema_decay) if options.ema_decay else None
-        self.accelerator.register_for_checkpointing(self.schedule)
 
     @property
     def unwrapped(self) -> Any:
@@ -130,75 +130,112 @@ class Engine:
         if not self.average:
             yield
             return
-        masters = self._masters()
-        self.average.swap_in(masters)
-        self._publish()
         try:
-            yield
+            with self.average.in_place_of(self._masters()):
+                self._publish()
+                yield
         finally:
-            self.average.swap_out(masters)
             self._publish()
 
-    def save(self, folder: Path) -> None:
-        """Write everything that training goes on from into an existing folder; every rank has to."""
-        self.accelerator.save_state(str(folder))
-        if self.average and (self.zero or self.accelerator.is_main_process):
-            save_file(self.average.state(), folder / self._average_file)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What training goes on from, by name: whole float32 weights, their optimizer states, their averages.
 
-    def load(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote. Under ZeRO by as many ranks, at the same stage."""
-        self.accelerator.load_state(str(folder))
+        The same at every ZeRO stage, on any number of ranks. Every rank has to take all of them; each is good until
+        the next is taken.
+        """
+        for name, weight in self._trained():
+            yield f"weight.{name}", self._whole(weight)
+            for key in self._state_keys(weight):
+                yield f"{key}.{name}", self._whole(weight, key)
         if self.average:
-            self.average.load(load_file(folder / self._average_file))
+            with self.average.in_place_of(self._masters()):
+                for name, weight in self._trained():
+                    yield f"average.{name}", self._whole(weight)
 
-    @property
-    def layout(self) -> dict[str, int]:
-        """What ``load`` needs to be as it was at ``save``."""
-        return {"zero_stage": self.options.zero_stage, "ranks": self.accelerator.num_processes if self.zero else 0}
+    def counters(self) -> dict[str, Any]:
+        """What training goes on from beside ``tensors``; JSON-ready."""
+        steps = [int(state["step"]) for state in self._adam.state.values()]
+        return {
+            "optimizer_steps": max(steps, default=0),
+            "average_steps": self.average.steps if self.average else 0,
+            "schedule": self.schedule.state_dict(),
+        }
 
-    @property
-    def _average_file(self) -> str:
-        """Each rank's own where it averages a part, else that of all."""
-        return f"average-{self.accelerator.process_index if self.zero else 0}.safetensors"
+    @torch.no_grad()
+    def restore(self, tensor: Callable[[str], Tensor], counters: Mapping[str, Any]) -> None:
+        """Go on from the ``tensors``, each asked for by its name, and the ``counters`` of an engine of any layout."""
+        if counters["optimizer_steps"]:
+            self._make_states(counters["optimizer_steps"])
+        if self.average:
+            for name, weight in self._trained():
+                self._put(weight, tensor(f"average.{name}"))
+            self.average.load(self._masters(), counters["average_steps"])
+        for name, weight in self._trained():
+            self._put(weight, tensor(f"weight.{name}"))
+            for key in self._state_keys(weight):
+                self._put(weight, tensor(f"{key}.{name}"), key)
+        self._publish()
+        self.schedule.load_state_dict(dict(counters["schedule"]))
+        for group in self._adam.param_groups:
+            group["lr"] = self.learning_rate()
 
     @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor]:
-        """Every parameter in float32 on the CPU, put together from all ranks; every rank has to ask."""
-        weights = self.unwrapped.named_parameters()
+        """Every trained parameter in float32 on the CPU, put together from all ranks; every rank has to ask."""
         # Copied, as the weights themselves go on changing.
-        return {name: self._full(weight).to("cpu", torch.float32, copy=True) for name, weight in weights}
+        return {name: self._whole(weight).to("cpu", torch.float32, copy=True) for name, weight in self._trained()}
 
-    def _full(self, weight: Tensor) -> Tensor:
-        if not self.zero:
-            return weight
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(name, weight) for name, weight in self.unwrapped.named_parameters() if weight.requires_grad]
 
-        full: Tensor = safe_get_full_fp32_param(weight)
-        return full.view(_shape(weight))
+    @property
+    def _adam(self) -> Any:
+        """The optimizer itself; under ZeRO that of this rank's part."""
+        return self.model.optimizer.optimizer if self.zero else self.optimizer.optimizer
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer updates, as far as this rank holds it."""
-        if not self.zero:
-            return list(self.unwrapped.parameters())
-        wrapped = self.model.optimizer
-        if self.options.zero_stage == 3:
-            return list(wrapped.fp32_partitioned_groups_flat)
-        return list(wrapped.single_partition_of_fp32_groups)
+        return zero.masters(self.model.optimizer) if self.zero else [weight for _, weight in self._trained()]
 
-    @torch.no_grad()
+    def _whole(self, weight: Tensor, key: str | None = None) -> Tensor:
+        """The float32 weight, or its optimizer state of that name."""
+        if self.zero:
+            return zero.whole(weight, key)
+        return self._adam.state[weight][key] if key else weight.detach()
+
+    def _put(self, weight: Tensor, value: Tensor, key: str | None = None) -> None:
+        if self.zero:
+            zero.put(weight, value, key)
+        else:
+            self._whole(weight, key).copy_(value)
+
     def _publish(self) -> None:
-        """Under ZeRO, bring what the optimizer holds into the weights of the passes."""
-        if not self.zero:
-            return
-        import deepspeed
+        """Bring what the optimizer holds into the weights of the passes, where those are others."""
+        if self.zero:
+            zero.publish(weight for _, weight in self._trained())
 
-        for weight in self.unwrapped.parameters():
-            full = self._full(weight)
-            if self.options.zero_stage < 3:
-                weight.data.copy_(full)
-                continue
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                weight.data.copy_(full)
+    def _state_keys(self, weight: Tensor) -> Sequence[str]:
+        """Names of the optimizer's tensors of a weight; none before its first step."""
+        if self.zero:
+            return zero.STATE_KEYS if self._adam.state else ()
+        state = self._adam.state.get(weight, {})
+        return [key for key, value in state.items() if torch.is_tensor(value) and value.ndim]
+
+    def _make_states(self, steps: int) -> None:
+        """Let the optimizer make its states, which it does in a step; the weights are to be put after it."""
+        adam, masters = self._adam, self._masters()
+        (group,), grads = adam.param_groups, [master.grad for master in masters]
+        listed, group["params"] = group["params"], masters  # at stage 3 DeepSpeed lists them only while it steps
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        adam.step()
+        group["params"] = listed
+        for master, grad in zip(masters, grads, strict=True):
+            master.grad = grad
+            step = adam.state[master]["step"]
+            adam.state[master]["step"] = torch.full_like(step, steps) if torch.is_tensor(step) else steps
+        if self.zero:
+            zero.link_states(self.model.optimizer)
 
     def _all_finite(self, loss: Tensor) -> bool:
         """On every rank: they step together or not at all."""
@@ -209,12 +246,7 @@ class Engine:
         return plain_attention() if self.device.type == "cpu" else contextlib.nullcontext()
 
 
-def _shape(weight: Any) -> Sequence[int]:
-    """Of the whole weight: under ZeRO 3 the tensor itself is empty."""
-    return getattr(weight, "ds_shape", weight.shape)  # type: ignore[no-any-return]
-
-
-def _optimizer(options: TrainSettings, weights: Any) -> torch.optim.Optimizer:
+def _optimizer(options: TrainSettings, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
     """AdamW, or its 8-bit version. Raises TrainingError where that one's library is not installed."""
     values: dict[str, Any] = {
         "lr": options.learning_rate,
@@ -222,7 +254,7 @@ def _optimizer(options: TrainSettings, weights: Any) -> torch.optim.Optimizer:
         "weight_decay": options.weight_decay,
     }
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(weights, **values)
+        return torch.optim.AdamW(weights, fused=True, **values)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -231,22 +263,3 @@ def _optimizer(options: TrainSettings, weights: Any) -> torch.optim.Optimizer:
             "'pip install teefusion[adamw-8bit]', or set train.optimizer=adamw."
         ) from error
     return AdamW8bit(weights, **values)  # type: ignore[no-any-return]
-
-
-def _plugin(options: TrainSettings) -> DeepSpeedPlugin:
-    """ZeRO as the settings say. Raises TrainingError where DeepSpeed is not installed."""
-    device = "cpu" if options.offload else "none"
-    try:
-        return DeepSpeedPlugin(
-            zero_stage=options.zero_stage,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            gradient_clipping=options.max_grad_norm,
-            offload_optimizer_device=device,
-            offload_param_device=device if options.zero_stage == 3 else "none",
-            zero3_init_flag=False,
-        )
-    except ImportError as error:
-        raise TrainingError(
-            f"train.zero_stage is {options.zero_stage}, but DeepSpeed is not installed. Run 'make deepspeed' (or "
-            "pip install 'teefusion[deepspeed]' --no-build-isolation), or set train.zero_stage=0."
-        ) from error

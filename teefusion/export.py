@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from teefusion.fusion import Fusion, fuse
+from teefusion.lora import make_trainable, merge_lora
 from teefusion.pictures import contact_sheet
 from teefusion.settings import Settings
 from teefusion.strategies import sub_grid
@@ -21,18 +22,20 @@ _SCALES = 4
 
 
 def export_student(settings: Settings, fusion: Fusion, weights: Mapping[str, Tensor], folder: Path) -> Any:
-    """Save the student with these float32 weights as ``folder``, loaded back to prove it; returns its pipeline.
+    """Save the student with these trained float32 weights as ``folder``, loaded back to prove it; returns its pipeline.
 
     Raises StudentError where it does not load, TeacherError, StorageError.
     """
     transformer, _ = load_transformer(settings.teacher)
-    fuse(transformer, fusion)
-    kept = transformer.load_state_dict(weights, strict=False)  # buffers, such as the position table, are the teacher's
-    missing = set(kept.missing_keys) & {name for name, _ in transformer.named_parameters()}
+    make_trainable(fuse(transformer, fusion), settings.train.lora_rank)
+    kept = transformer.load_state_dict(weights, strict=False)  # what is not trained, as the position table, stays
+    missing = set(kept.missing_keys) & {name for name, weight in transformer.named_parameters() if weight.requires_grad}
     assert not missing, f"training gave no weights for {sorted(missing)}"
     assert not kept.unexpected_keys, f"training gave weights for {kept.unexpected_keys}, which are not there"
+    if settings.train.lora_rank:
+        merge_lora(transformer)
     options = settings.teacher.model_copy(update={"dtype": "float32"})
-    teacher = load_teacher(options, device="cpu", transformer=transformer.eval())
+    teacher = load_teacher(options, device="cpu", transformer=transformer.requires_grad_(False).eval())
     student = make_student(
         teacher.pipeline,
         fusion,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from teefusion.errors import TeEFusionError, TrainingError
+from teefusion.errors import SettingsError, TeEFusionError, TrainingError
 from teefusion.files import read_json, write_bytes
 from teefusion.manifests import MANIFEST
 from teefusion.settings import JobStage, Settings
@@ -19,26 +19,37 @@ from teefusion.storage import is_remote, local_path
 _PUBLISHED_PATIENCE_S = 90.0  # network file systems may remember for a minute that a file was missing
 
 
-def run_training(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
+def run_training(
+    settings: Settings, *, prompts: Path, targets: str, output: Path, dry_run: bool = False
+) -> dict[str, Any]:
     """Train and return the record: in this process, by ``torchrun --standalone`` (ZeRO always), or as a TrainJob.
+
+    ``dry_run`` takes a few steps and returns what ``training.dry_run`` does; not as a TrainJob.
 
     Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code; from a TrainJob what
     ``jobs.run_job`` raises, and SettingsError where its pods could not reach the folders.
     """
     if settings.cluster.takes_trainjob("train"):
+        if dry_run:
+            raise SettingsError(
+                "A dry run is not made as a TrainJob. Run it on one such node with --set cluster.launcher=here, and "
+                "train.num_processes its devices."
+            )
         paths = {"prompts": str(prompts), "targets": targets, "output": str(output)}
         _trainjob(settings, "train", "teefusion.training", paths)
         return _published_record(output / "training.json")
     if settings.train.num_processes == 1 and settings.train.zero_stage == 0:
-        from teefusion.training import train
+        from teefusion import training
 
-        return train(settings, prompts=prompts, targets=targets, output=output)
+        work = training.dry_run if dry_run else training.train
+        return work(settings, prompts=prompts, targets=targets, output=output)
     arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
-    restarts = settings.train.max_restarts
+    arguments += ["--dry-run"] if dry_run else []
+    restarts = 0 if dry_run else settings.train.max_restarts
     code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments, restarts=restarts)
     if code:
         raise TrainingError(f"Training under torchrun ended with exit code {code}; the reason is above.")
-    record: dict[str, Any] = read_json(output / "training.json")
+    record: dict[str, Any] = read_json(output / ("dry-run.json" if dry_run else "training.json"))
     return record
 
 

@@ -1,7 +1,8 @@
-"""Peak memory of a piece of work: of the device where that is a GPU, else of this process."""
+"""Peak memory of a piece of work: of the device where that is a GPU, else of this process (Linux)."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def memory_kind(device: str) -> str:
@@ -31,8 +33,39 @@ def peak_bytes(device: str) -> int:
     """Most bytes at once since ``reset_peak``, all that is loaded included."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+class MemoryMeter:
+    """Memory since it was made: of a GPU what torch allocated, of a CPU what was resident, where the system is Linux."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._before = 0 if self._cuda else _resident("VmRSS") - _resident("RssFile")
+
+    def reset(self) -> None:
+        """Begin a new peak. On a CPU allocations are slower from then on."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        else:
+            # Else glibc keeps what is freed, and it counts: before, and from now on.
+            library = ctypes.CDLL(None)
+            if hasattr(library, "malloc_trim"):
+                library.malloc_trim(0)
+                library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+            reset_peak("cpu")
+
+    def peak(self) -> int:
+        """Bytes, since the last reset."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated(self._cuda)
+        return _resident("VmHWM") - _resident("RssFile") - self._before  # mapped files need no memory of their own
+
+
+def _resident(line: str) -> int:
+    """Bytes of this process, as the kernel tells; 0 where it has no such file."""
     try:
         lines = _STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    except OSError:
+        return 0
+    return next((int(text.split()[1]) << 10 for text in lines if text.startswith(f"{line}:")), 0)

@@ -1,20 +1,24 @@
 """One MLflow run for each run key, shared by the stages: parameters, metrics, pictures, tags.
 
 The run is found again by its tag ``teefusion.run_key``, or adopted from ``MLFLOW_RUN_ID``. Reaching the server is
-checked once, before anything is spent; a server that goes away later costs metrics, not the training.
+checked once, before anything is spent. From then on a thread sends the records in their order (``outbox.py``), so that
+a server which is slow, or away for minutes, does not hold up what it tracks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from teefusion.errors import NoVersionError, TrackingError
+from teefusion.outbox import Outbox
 from teefusion.settings import Settings
 
 if TYPE_CHECKING:
@@ -113,12 +117,13 @@ def _advice(error: Exception, settings: Settings) -> str:
 
 
 class Tracker:
-    """Logs to the run of this run key; a disabled one (ranks above 0) does nothing."""
+    """Logs to the run of this run key; a disabled one (ranks above 0) does nothing. Call ``close`` at the end."""
 
-    def __init__(self, client: MlflowClient | None, run_id: str) -> None:
+    def __init__(self, client: MlflowClient | None, run_id: str, *, patience_s: float = 0.0) -> None:
         self._client = client
         self.run_id = run_id
-        self._lost = 0
+        self._patience_s = patience_s
+        self._outbox = Outbox()
 
     @classmethod
     def open(cls, settings: Settings, *, enabled: bool = True) -> Tracker:
@@ -126,49 +131,53 @@ class Tracker:
         if not enabled:
             return cls(None, "")
         client = connect(settings)
-        return cls(client, _find_or_create(client, settings))
+        return cls(client, _find_or_create(client, settings), patience_s=settings.mlflow.flush_timeout_s)
 
     def log_params(self, params: dict[str, Any]) -> None:
         """Nested settings, flattened to dotted names. Already logged ones are left alone."""
         for name, value in _flatten(params).items():
-            self._try("log_param", name, str(value)[:_MAX_PARAM_CHARS])
+            self._put(f"parameter {name}", "log_param", name, str(value)[:_MAX_PARAM_CHARS])
 
     def log_metrics(self, metrics: dict[str, float], *, step: int = 0) -> None:
-        """Metrics of one step."""
-        for name, value in metrics.items():
-            self._try("log_metric", name, value, step=step)
+        """Metrics of one step, with the time of this call; one that is sent twice is kept once."""
+        if self._client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._put(f"metrics of step {step}", "log_batch", metrics=batch)
 
     def log_image(self, picture: Image, name: str) -> None:
         """A picture as an artifact."""
-        self._try("log_image", picture, name)
+        self._put(name, "log_image", picture, name)
 
     def log_file(self, path: Path) -> None:
         """A file as an artifact."""
-        self._try("log_artifact", str(path))
+        self._put(path.name, "log_artifact", str(path))
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Tags of the run."""
         for name, value in tags.items():
-            self._try("set_tag", name, value)
+            self._put(f"tag {name}", "set_tag", name, value)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Mark the run as over."""
-        self._try("set_terminated", status)
+        self._put("the end of the run", "set_terminated", status)
 
     def close(self) -> None:
-        """Say how much was lost, if anything was."""
-        if self._lost:
-            log.warning("%d records did not reach MLflow; the results in the workdir are complete.", self._lost)
+        """Wait for what is not sent yet, ``mlflow.flush_timeout_s`` at most, and say what was not."""
+        lost = self._outbox.close(self._patience_s)
+        if lost:
+            log.warning(
+                "%d records did not reach MLflow (%s); the results in the workdir are complete.",
+                len(lost),
+                lost[0] if len(lost) == 1 else f"{lost[0]} to {lost[-1]}",
+            )
 
-    def _try(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self._client is None:
-            return
-        try:
-            getattr(self._client, method)(self.run_id, *arguments, **options)
-        except Exception as error:  # whatever a tracking server does, it must not stop what it tracks
-            if self._lost == 0:
-                log.warning("MLflow did not take a record (%s); going on without.", error)
-            self._lost += 1
+    def _put(self, what: str, method: str, *arguments: Any, **options: Any) -> None:
+        if self._client is not None:
+            self._outbox.put(what, functools.partial(getattr(self._client, method), self.run_id, *arguments, **options))
 
 
 def _find_or_create(client: MlflowClient, settings: Settings) -> str:

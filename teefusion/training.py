@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -35,8 +36,11 @@ from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
 from teefusion.heldout import HeldOut
 from teefusion.lineage import lineage
+from teefusion.lora import make_trainable
 from teefusion.manifests import Manifest, read_manifest
+from teefusion.memory import MemoryMeter
 from teefusion.onpolicy import OnPolicyStream
+from teefusion.pace import Pace
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import JOB_VARIABLE, Settings, TrainSettings, job_settings
@@ -46,11 +50,12 @@ from teefusion.strategies import make_strategy
 from teefusion.stream import States, StateStream, read_null
 from teefusion.teachers import load_teacher, load_transformer
 from teefusion.tracking import Tracker
+from teefusion.training_memory import describe_trial
 from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
-RESULT = "training.json"
-_SAMPLE_PROMPTS = 4
+RESULT, DRY_RUN = "training.json", "dry-run.json"
+_SAMPLE_PROMPTS, _TRIED_STEPS = 4, 2
 
 
 def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
@@ -73,6 +78,23 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
+    """Build everything, take a few steps, and return what they took; every rank has to. Leaves ``DRY_RUN`` in output.
+
+    Writes no checkpoint, no student and nothing to MLflow. Raises as ``train``.
+    """
+    store = open_shards(settings, targets)
+    manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
+    try:
+        run = _Run(settings, manifest, store, output, [], tracked=False)
+        record = run.try_out()
+        if run.accelerator.is_main_process:
+            write_json(output / DRY_RUN, record)
+        return record
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @dataclasses.dataclass
 class _Position:
     """Where training stands; saved with each checkpoint."""
@@ -83,19 +105,19 @@ class _Position:
     seconds: float = 0.0
     skipped: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
 
 class _Run:
     """Everything a training run holds, built once."""
 
     def __init__(
-        self, settings: Settings, manifest: Manifest, targets: Reader, output: Path, sample_prompts: list[str]
+        self,
+        settings: Settings,
+        manifest: Manifest,
+        targets: Reader,
+        output: Path,
+        sample_prompts: list[str],
+        *,
+        tracked: bool = True,
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.sample_prompts = sample_prompts
@@ -104,7 +126,8 @@ class _Run:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
         set_seed(self.options.seed)
-        self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process)
+        self.tracker = Tracker.open(settings, enabled=self.accelerator.is_main_process and tracked)
+        self.memory = MemoryMeter(self.device)
         transformer, self.family = load_transformer(settings.teacher)
         steps = settings.student_steps
         self.stream = StateStream(targets, manifest, "train", steps, shuffle_mb=self.options.shuffle_mb)
@@ -120,9 +143,9 @@ class _Run:
             None if steps == strategy.num_steps else functools.partial(self._conditional, transformer.to(self.device))
         )
         self.position = _Position()
-        self.engine.prepare(fuse(transformer, self.fusion).train().requires_grad_(True))
-        self.accelerator.register_for_checkpointing(self.position)
+        self.engine.prepare(make_trainable(fuse(transformer, self.fusion), self.options.lora_rank).train())
         self.states = self.stream if self.options.states == "stored" else self._on_policy(targets, manifest)
+        self.pace = Pace(settings, self.device, self.accelerator.num_processes)
         self._stopping = False
         self._skipped: list[str] = []  # names of the states of the steps skipped in a row
 
@@ -132,7 +155,9 @@ class _Run:
 
     def complete(self) -> dict[str, Any]:
         """Train to the last step, export, and return the record. Raises InterruptedRunError when told to stop."""
-        resumed = load_latest(self.engine, self.output / "checkpoints")
+        saved = load_latest(self.engine, self.output / "checkpoints")
+        self.position = _Position(**saved) if saved else _Position()
+        resumed = self.position.step
         self.tracker.log_params({"fusion": self.fusion.model_dump(), **self.settings.content()})
         if resumed == 0:
             self._evaluate()
@@ -140,6 +165,20 @@ class _Run:
             log.info("continuing from step %d", resumed)
         self._loop()
         return self._export(resumed)
+
+    def try_out(self) -> dict[str, Any]:
+        """Take a few steps and say what they took. The first is left out: it is there to make and compile things."""
+        batches, seconds = self._batches(), []
+        for _ in range(1 + _TRIED_STEPS):
+            self.memory.reset()
+            started = time.monotonic()
+            self._step(next(batches).to(self.device))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.monotonic() - started)
+        peak = self.accelerator.reduce(torch.tensor(float(self.memory.peak()), device=self.device), "max")
+        cpu, step_seconds = self.device.type == "cpu", statistics.median(seconds[1:])
+        return describe_trial(self.settings, cpu=cpu, measured_bytes=int(peak), step_seconds=step_seconds)
 
     def _on_policy(self, targets: Reader, manifest: Manifest) -> OnPolicyStream:
         """The student's own states; the teacher is held beside it, without text encoders."""
@@ -161,25 +200,29 @@ class _Run:
         )
 
     def _loop(self) -> None:
-        options, accelerator = self.options, self.accelerator
-        batches = self.states.batches(
-            batch_size=options.batch_size,
-            seed=options.seed,
-            start=self.position.step,
-            rank=accelerator.process_index,
-            ranks=accelerator.num_processes,
-        )
+        options, batches = self.options, self._batches()
         started = time.monotonic() - self.position.seconds
         with self._progress() as progress:
-            for states in batches:
-                if self.position.step >= options.steps:
-                    break
+            while self.position.step < options.steps:
+                asked = time.monotonic()
+                states = next(batches)
+                self.pace.take(options.batch_size, time.monotonic() - asked)
                 result = self._step(states.to(self.device))
                 self.position.step += 1
                 self.position.seconds = time.monotonic() - started
                 self._after_step(result)
                 residual = f"residual {self.position.curve[-1][1]:.3f}" if self.position.curve else ""
                 progress.advance(1, note=residual, states=options.batch_size)
+
+    def _batches(self) -> Iterator[States]:
+        """This rank's share of the global batches, from the position on."""
+        return self.states.batches(
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            start=self.position.step,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
 
     def _step(self, states: States) -> StepResult:
         """One optimizer step. Raises TrainingError after too many in a row that were not finite."""
@@ -233,7 +276,10 @@ class _Run:
             self._evaluate()
         stopping = self._anyone_stopping()
         if (step % options.checkpoint_every == 0 or stopping) and not last:
-            save_checkpoint(self.engine, self.output / "checkpoints", step, keep=options.keep_checkpoints)
+            position = dataclasses.asdict(self.position)
+            save_checkpoint(
+                self.engine, self.output / "checkpoints", step, position=position, keep=options.keep_checkpoints
+            )
         if stopping and not last:
             raise InterruptedRunError(
                 f"Told to stop (SIGTERM) at step {step} of {options.steps}; a checkpoint is in "
@@ -250,14 +296,12 @@ class _Run:
     def _log_loss(self, result: StepResult) -> None:
         value = float(result.loss)
         self.position.losses.append((self.position.step, value))
-        rate = self.options.batch_size * self.position.step / max(self.position.seconds, 1e-9)
         metrics = {
             "train/loss": value,
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": self.engine.learning_rate(),
-            "train/states_per_second": rate,
             "train/skipped_steps": float(self.position.skipped),
-        }
+        } | self.pace.metrics()
         if self.device.type == "cuda":
             metrics["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.tracker.log_metrics(metrics, step=self.position.step)
@@ -292,8 +336,11 @@ class _Run:
             weights = self.engine.whole_weights()
         record: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            record = self._record(meter, resumed, parameters=sum(weight.numel() for weight in weights.values()))
             student = export_student(self.settings, self.fusion, weights, self.output / "student")
+            record = self._record(meter, resumed) | {
+                "parameters": sum(weight.numel() for weight in student.transformer.parameters()),
+                "trained_parameters": sum(weight.numel() for weight in weights.values()),
+            }
             sheet = sample_sheet(self.settings, student, self.sample_prompts)
             if sheet is not None:
                 self.tracker.log_image(sheet, "samples.png")
@@ -302,7 +349,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return record
 
-    def _record(self, meter: ResidualMeter, resumed: int, *, parameters: int) -> dict[str, Any]:
+    def _record(self, meter: ResidualMeter, resumed: int) -> dict[str, Any]:
         position = self.position
         return {
             "guidance_residual": meter.overall,
@@ -315,7 +362,7 @@ class _Run:
             "skipped_steps": position.skipped,
             "resumed_from": resumed,
             "seconds": round(position.seconds, 3),
-            "parameters": parameters,
+            "data_wait_seconds": round(self.pace.waited, 3),
             "ranks": self.accelerator.num_processes,
             "zero_stage": self.options.zero_stage,
             "fusion": self.fusion.model_dump(),
@@ -382,13 +429,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of the prompt set")
     parser.add_argument("--targets", required=True, help="folder or s3:// URI of the target set")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the student")
+    parser.add_argument("--dry-run", action="store_true", help="take a few steps and say what they took")
     arguments = parser.parse_args()
     from teefusion.logs import setup_logging
 
     setup_logging()
     try:
         settings = job_settings(arguments.settings)
-        train(settings, prompts=arguments.prompts, targets=arguments.targets, output=arguments.output)
+        work = dry_run if arguments.dry_run else train
+        work(settings, prompts=arguments.prompts, targets=arguments.targets, output=arguments.output)
     except TeEFusionError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)

@@ -32,8 +32,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
-    """Random weights from ``seed``, 16-pixel pictures, 2 layers of width 16."""
+def make_tiny_teacher(folder: Path, *, seed: int = 0, layers: int = 2, heads: int = 2, head_width: int = 8) -> None:
+    """Random weights from ``seed``, 16-pixel pictures; 2 layers of width 16 if nothing else is said."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -44,11 +44,11 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> None:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
+        num_layers=layers,
+        attention_head_dim=head_width,
+        num_attention_heads=heads,
         joint_attention_dim=32,
-        caption_projection_dim=16,
+        caption_projection_dim=heads * head_width,
         pooled_projection_dim=32,
         pos_embed_max_size=8,
     )

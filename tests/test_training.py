@@ -118,7 +118,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(
         _stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             job.train("broken")
-    path = next((job.folder / "broken" / "checkpoints" / "step-00000004").glob("model*.safetensors"))
+    path = next((job.folder / "broken" / "checkpoints" / "step-00000004").glob("tensors-*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
@@ -276,9 +276,36 @@ def test_checkpointed_activations_take_the_same_steps(job: Job) -> None:
     assert_close(job.weights("whole"), job.weights("again"), atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["affine", "distill_cfg"])
+def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
+    job: Job, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    options = {"train.lora_rank": 2, "train.learning_rate": 1e-2, "train.ema_decay": 0.5, "fusion.variant": variant}
+    record = job.train("whole", options)
+    assert record["trained_parameters"] < record["parameters"] / 2
+    student, teacher = (
+        job.weights("whole"),
+        load_file(tiny_teacher / "transformer" / "diffusion_pytorch_model.safetensors"),
+    )
+    added = {name for name in student if "scale_embedder" in name}
+    assert {name: value.shape for name, value in student.items() if name not in added} == {
+        name: value.shape for name, value in teacher.items()
+    }
+    assert bool(added) == (variant == "distill_cfg")
+    loaded = load_student(job.folder / "whole" / "student")
+    assert sum(weight.numel() for weight in loaded.transformer.parameters()) == record["parameters"]
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken", options)
+    assert job.train("broken", options)["resumed_from"] == 4
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
+        ({"train.optimizer": "adamw_8bit", "train.zero_stage": 1}, SettingsError, "adamw_8bit and ZeRO do not go"),
         ({"train.offload": True}, SettingsError, "offload is ZeRO's: set zero_stage"),
         ({"train.optimizer": "adamw_8bit"}, TrainingError, "needs the library bitsandbytes"),
     ],
@@ -316,6 +343,9 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> N
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
     assert run.data.params["train.steps"] == "6"
     assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
+    assert {"train/grad_norm", "train/learning_rate", "train/states_per_second"} <= run.data.metrics.keys()
+    assert any(name.startswith("heldout/residual_sigma_") for name in run.data.metrics)
+    assert 0 <= run.data.metrics["train/data_wait_share"] < 1
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
     assert steps == [0, 3, 6]
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["samples.png"]

@@ -19,8 +19,10 @@ class MlflowSettings(Section):
     """Registered model; none is `teefusion-<teacher>`."""
     timeout_s: float = Field(default=10.0, gt=0)
     """For the server's first answer."""
+    flush_timeout_s: float = Field(default=60.0, ge=0)
+    """At the end of a stage, for records that a server which was away has not taken yet."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"tracking_uri", "experiment", "timeout_s"})
+    operational: ClassVar[frozenset[str]] = frozenset({"tracking_uri", "experiment", "timeout_s", "flush_timeout_s"})
 
 
 class StorageSettings(Section):

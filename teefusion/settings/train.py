@@ -32,7 +32,10 @@ class TrainSettings(Section):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Of the averaged weights, which are the student; 0 turns averaging off."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps its states in 8 bits, by the library bitsandbytes."""
+    """`adamw_8bit` keeps its states in 8 bits, by the library bitsandbytes; not with ZeRO."""
+    lora_rank: int | None = Field(default=None, gt=0)
+    """Trains updates of this rank of every linear layer (LoRA, by the library peft) instead of the weights; the student
+    has them merged."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; master weights are float32."""
     zero_stage: int = Field(default=0, ge=0, le=3)
@@ -76,6 +79,15 @@ class TrainSettings(Section):
     def _offload_needs_zero(self) -> Self:
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _eight_bits_are_not_shared_out(self) -> Self:
+        if self.optimizer == "adamw_8bit" and self.zero_stage:
+            raise ValueError(
+                "adamw_8bit and ZeRO do not go together, as its states cannot be put together for a checkpoint: set "
+                "optimizer to adamw, or zero_stage to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -73,6 +73,7 @@ def _track(settings: Settings, summary: dict[str, Any]) -> None:
         tracker.log_file(Path(summary["report"]))
     tracker.set_tags({"teefusion.outcome": summary["outcome"]})
     tracker.finish(_STATUS[summary["outcome"]])
+    tracker.close()
 
 
 def _summary(settings: Settings, records: dict[str, dict[str, Any]]) -> dict[str, Any]:

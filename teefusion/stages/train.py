@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def student_folder(settings: Settings, targets: str) -> Path:
     """Where the student of these settings and this target set lies, made or not."""
     manifest = read_manifest(open_store(targets, settings.storage), teacher_revision=settings.teacher.revision)
     return Workspace(settings).folder("students", student_key(settings, manifest.key)) / STUDENT
+
+
+def dry_run(settings: Settings, prompts: Path, targets: str) -> dict[str, Any]:
+    """Take a few steps of the training of pinned settings; what they took. Keeps nothing. Raises as ``train``."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_training(settings, prompts=prompts, targets=targets, output=Path(folder), dry_run=True)
 
 
 def train(settings: Settings, prompts: Path, targets: str) -> StageResult:
