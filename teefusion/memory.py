@@ -37,7 +37,7 @@ def peak_bytes(device: str) -> int:
 
 
 class MemoryMeter:
-    """Memory since it was made: of a GPU what torch allocated, of a CPU what was resident, where the system is Linux."""
+    """Memory since it was made: of a GPU what torch allocated, of a CPU what was resident (on Linux, else 0)."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
