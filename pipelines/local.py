@@ -40,7 +40,7 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     log = workspace.run / "pipeline.log"
     try:
         with _output_to(log), _stoppable():
-            make_pipeline(settings)(**arguments_of(settings))
+            make_pipeline(_without_retries(settings))(**arguments_of(settings))
     except (KeyboardInterrupt, SystemExit):
         summarize(settings, error="the run was stopped", outcome="cancelled")
         raise
@@ -52,6 +52,12 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
         raise kind(f"{failure['stage']} failed: {failure['message']}") from error
     summary: dict = read_json(workspace.run / "summary.json")  # type: ignore[type-arg]
     return summary
+
+
+def _without_retries(settings: Settings) -> Settings:
+    """kfp.local would honour them, and their pauses: here somebody waits for the answer."""
+    cluster = settings.cluster.model_copy(update={"retries": 0, "steps": {}})
+    return settings.model_copy(update={"cluster": cluster})
 
 
 @contextlib.contextmanager
