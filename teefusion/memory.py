@@ -274,7 +274,7 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._before = 0 if self._cuda else _resident("VmRSS")
+        self._before = 0 if self._cuda else _resident("VmRSS") - _resident("RssFile")
 
     def reset(self) -> None:
         """Begin a new peak. On a CPU allocations are slower from then on."""
@@ -289,7 +289,9 @@ class MemoryMeter:
 
     def peak(self) -> int:
         """Bytes, since the last reset."""
-        return torch.cuda.max_memory_allocated(self._cuda) if self._cuda else _resident("VmHWM") - self._before
+        if self._cuda:
+            return torch.cuda.max_memory_allocated(self._cuda)
+        return _resident("VmHWM") - _resident("RssFile") - self._before  # mapped files need no memory of their own
 
 
 def _resident(line: str) -> int:
