@@ -286,7 +286,7 @@ def test_publishing_uploads_a_version_once(tmp_path: Path) -> None:
             result = {"pipelines": pipelines, "total_size": len(pipelines)}
         return 200, json.dumps(result).encode()
 
-    settings = {"TEEFUSION_WORKDIR": str(tmp_path / "work"), "TEEFUSION_IMAGE": "registry.example.com/python:1-train"}
+    settings: dict[str, str] = dict(render({}).one("ConfigMap", "teefusion-settings")["data"])
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with _answering(answer) as url:
         variables = settings | {"KF_PIPELINES_ENDPOINT": url, "HOME": str(tmp_path), "PATH": path}

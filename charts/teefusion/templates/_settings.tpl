@@ -13,6 +13,7 @@ storage:
 cluster:
   runtime: {{ .Values.training.runtime.name }}
   image: {{ include "teefusion.image" (dict "root" . "stage" "train") }}
+  small_image: {{ include "teefusion.image" (dict "root" . "stage" "pipeline") }}
   service_account: {{ .Values.training.serviceAccount.name }}
   s3_secret: {{ include "teefusion.s3.secret" . | default nil | toJson }}
   mlflow_secret: {{ include "teefusion.mlflow.secret" . | default nil | toJson }}

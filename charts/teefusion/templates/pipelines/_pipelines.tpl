@@ -14,8 +14,6 @@ containers:
     env:
       {{- $env := include "teefusion.clientEnv" .root | fromYaml }}
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
-      {{- $_ := set $env "TEEFUSION_IMAGE" (include "teefusion.image" (dict "root" .root "stage" "train")) }}
-      {{- $_ := set $env "TEEFUSION_CLUSTER__SMALL_IMAGE" (include "teefusion.image" (dict "root" .root "stage" "pipeline")) }}
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
       {{- end }}
