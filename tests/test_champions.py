@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tiny_teacher, tiny_overrides
 
 from teefusion.compare import compare, table
 from teefusion.errors import RegistryError, SettingsError, UsageError
@@ -20,6 +19,7 @@ from teefusion.stages.ingest import ingest
 from teefusion.stages.targets import targets
 from teefusion.stages.train import train
 from teefusion.tracking import connect
+from tests.conftest import make_tiny_teacher, tiny_overrides
 
 
 @pytest.fixture(scope="module")

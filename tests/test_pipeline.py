@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_overrides
+
+from tests.conftest import tiny_overrides
 
 
 def teefusion(*arguments: str, env: dict[str, str] | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
