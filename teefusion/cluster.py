@@ -306,8 +306,9 @@ def _connect(context: str | None) -> tuple[Any, str | None]:
         if context is None and _SERVICE_ACCOUNT_NAMESPACE.exists():
             config.load_incluster_config(client_configuration=settings)
             return client.ApiClient(settings), _SERVICE_ACCOUNT_NAMESPACE.read_text().strip()
-        config.load_kube_config(context=context, client_configuration=settings)
-        contexts, active = config.list_kube_config_contexts()
+        file = os.environ.get("KUBECONFIG")  # which the client itself reads only when it is imported
+        config.load_kube_config(file, context=context, client_configuration=settings)
+        contexts, active = config.list_kube_config_contexts(file)
         chosen = next((one for one in contexts if one["name"] == context), active)
         return client.ApiClient(settings), chosen["context"].get("namespace")
     except (config.ConfigException, OSError) as error:

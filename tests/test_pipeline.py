@@ -82,6 +82,7 @@ def test_a_run_that_passes_registers_and_its_rerun_makes_nothing_anew(options: l
     assert longer["run_key"] != summary["run_key"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_gate_fails_ends_well_and_registers_nothing(options: list[str]) -> None:
     summary = run(*options, *FAIL)
     assert summary["gate"]["passed"] is False
@@ -91,6 +92,7 @@ def test_a_run_whose_gate_fails_ends_well_and_registers_nothing(options: list[st
     assert "register" not in summary["stages"]
 
 
+@pytest.mark.slow
 def test_a_failing_stage_ends_the_run_and_the_summary_says_why(options: list[str], tmp_path: Path) -> None:
     empty = tmp_path / "scorer"
     empty.mkdir()

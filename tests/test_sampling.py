@@ -52,4 +52,4 @@ def test_a_reflective_teacher_is_evaluated_as_it_taught(make_settings: Make, nam
     made = targets(settings, prompts).output
     student = Path(train(settings, prompts, made).details["student"])
     nfe = evaluate(settings, prompts, student).details["nfe"]
-    assert nfe == {"unguided": 4, "teacher": 5 * 4 - 3, "student": 4}
+    assert nfe == {"unguided": 4, "cfg": 2 * 4, "cfg_matched": 2 * 4, "teacher": 5 * 4 - 3, "student": 4}
