@@ -593,7 +593,9 @@ class Pods:
             "PET_MASTER_ADDR": "127.0.0.1",
             "PET_MASTER_PORT": port,
         }
-        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"]}
+        # No Secret is there, and the variables of one that may be missing are left out.
+        assert all("value" in entry or entry["valueFrom"]["secretKeyRef"]["optional"] for entry in trainer["env"])
+        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"] if "value" in entry}
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *trainer["args"]],
             env=os.environ | pet | variables,
