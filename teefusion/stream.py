@@ -256,10 +256,15 @@ def _length(rows: Rows) -> int:
 
 
 def _gather(members: Sequence[tuple[Rows, int]]) -> Rows:
-    """Single rows of several shards as one batch."""
-    return {name: _concatenate([rows[name][k : k + 1] for rows, k in members]) for name in members[0][0]}
+    """Single rows of several shards as one batch.
 
-
-def _concatenate(rows: Sequence[Tensor]) -> Tensor:
-    """``torch.cat`` by one thread: torch's takes all cores, and they wait for one another while files are read."""
-    return torch.from_numpy(np.concatenate([row.view(torch.uint8).numpy() for row in rows])).view(rows[0].dtype)
+    Copied by numpy, which takes one thread: torch takes all cores, and they wait for one another while files are read.
+    """
+    shards = {id(rows): rows for rows, _ in members}
+    batch = {}
+    for name, example in members[0][0].items():
+        flat = {key: rows[name].view(torch.uint8).numpy() for key, rows in shards.items()}
+        size = len(flat[id(members[0][0])]) // len(example)  # entries of a row: the bytes of a number, else 1
+        parts = [flat[id(rows)][k * size : (k + 1) * size] for rows, k in members]
+        batch[name] = torch.from_numpy(np.concatenate(parts)).view(example.dtype)
+    return batch
