@@ -117,8 +117,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_large(path: Path) -> memoryview:
     """A file of megabytes, in memory on huge pages where the system has them: numpy asks for them, ``bytes`` does not.
 
-    A page at a time, the kernel takes longer to hand out fresh memory than to fill it from its cache (docs/results/storage.md).
-    Raises OSError.
+    A page at a time, the kernel takes longer to hand out fresh memory than to fill it from its cache
+    (docs/results/storage.md). Raises OSError.
     """
     import numpy as np
 
