@@ -1,4 +1,4 @@
-"""The commands over the registry; ``cli.py`` adds them to ``teefusion``."""
+"""The commands over the registry: models, promote, rollback, history."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from teefusion.cli.command import command
+
 if TYPE_CHECKING:
     from teefusion.settings import Settings
 
 
+@command("tracking-uri", pinned=False)
 @click.argument("name", required=False)
 @click.argument("version", required=False)
 def models(settings: Settings, name: str | None, version: str | None) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def models(settings: Settings, name: str | None, version: str | None) -> dict[st
     return {"versions": rows, "_text": listing.versions_text(rows)}
 
 
+@command("tracking-uri", pinned=False)
 @click.argument("name")
 @click.argument("version")
 @click.option("--override", metavar="REASON", help="Promote it whatever its gate or digest says; recorded for good.")
@@ -37,6 +41,7 @@ def promote(settings: Settings, name: str, version: str, override: str | None) -
     return moved.to_dict() | {"_text": _told(moved)}
 
 
+@command("tracking-uri", pinned=False)
 @click.argument("name")
 def rollback(settings: Settings, name: str) -> dict[str, Any]:
     """Give champion of model NAME back to the version before."""
@@ -46,6 +51,7 @@ def rollback(settings: Settings, name: str) -> dict[str, Any]:
     return moved.to_dict() | {"_text": _told(moved)}
 
 
+@command("tracking-uri", pinned=False)
 @click.argument("name")
 def history(settings: Settings, name: str) -> dict[str, Any]:
     """Show who was champion of model NAME when, and who decided it."""
@@ -59,6 +65,3 @@ def _told(moved: Any) -> str:
     was = f"; previous is version {moved.previous}" if moved.previous else ""
     now = "is now" if moved.changed else "was already"
     return f"Version {moved.champion} {now} champion of {moved.name}{was}."
-
-
-COMMANDS = (models, promote, rollback, history)

@@ -1,0 +1,5 @@
+"""``python -m teefusion.cli``."""
+
+from teefusion.cli import main
+
+main()
