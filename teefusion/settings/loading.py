@@ -20,7 +20,7 @@ from teefusion.settings.section import ENV_PREFIX, JOB_VARIABLE, Section
 
 # Read elsewhere, and no settings: the image of the compiled pipeline's steps (pipelines/), the commit that it was built
 # from (teefusion/lineage.py), the progress terminal.
-# Nor are secrets: S3's credentials are read where a client is made (teefusion/storage.py).
+# Nor are secrets: S3's credentials are read where a client is made (teefusion/storage/s3.py).
 _OTHER_VARIABLES = frozenset(
     {"TEEFUSION_IMAGE", "TEEFUSION_COMMIT", "TEEFUSION_PROGRESS_TTY", JOB_VARIABLE}
     | {f"TEEFUSION_S3_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
