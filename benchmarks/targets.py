@@ -13,138 +13,19 @@ and which share of its peak that is, to put in place of the one that estimates a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-Rows = dict[str, Any]
+from plain_sampling import plain_loop
+from targets_shape import measure_shape, shape_text
+from timing import Clock, rate_text, spread, timed
 
 
-def synchronize(device: str) -> None:
-    """Wait for a GPU; nothing to wait for on a CPU."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-class Clock:
-    """Seconds inside a transformer's forwards. On a GPU it waits before and after each, which costs a little."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def on(self, transformer: Any, device: str) -> Iterator[Clock]:
-        """Count while the block runs."""
-
-        def enter(*_: Any) -> None:
-            synchronize(device)
-            self._entered = time.perf_counter()
-
-        def leave(*_: Any) -> None:
-            synchronize(device)
-            self.seconds += time.perf_counter() - self._entered
-
-        handles = [transformer.register_forward_pre_hook(enter), transformer.register_forward_hook(leave)]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest over the rounds."""
-    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
-
-
-# --- beside a plain loop ---------------------------------------------------------------------------------------------
-
-
-def plain_loop(pipeline: Any, settings: Any, draws: list[Any], device: str) -> list[Rows]:
-    """Kept states and velocities as a user of diffusers would write it over StableDiffusion3Pipeline's own parts.
-
-    One prompt at a time, encoded when its turn comes with the negative one beside it; guidance in a batch of two, the
-    branches as the stock pipeline has them, unconditional first. It makes as many forwards as ``targets.walk``.
-    """
-    import torch
-
-    made = []
-    for item in draws:
-        embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
-            item.prompt,
-            None,
-            None,
-            negative_prompt="",
-            device=torch.device(device),
-            max_sequence_length=settings.teacher.max_sequence_length,
-        )
-        branches = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
-        pipeline.scheduler.set_timesteps(settings.strategy.num_steps, device=device)
-        latents = item.noise_CHW[None].to(device, embeds.dtype)
-        rows: Rows = {"x": [], "velocity": []}
-        for i in range(settings.strategy.num_steps):
-            following = plain_step(pipeline, settings.strategy.name, branches, latents, i, item.guidance)
-            if i in item.steps_K:
-                width = pipeline.scheduler.sigmas[i + 1] - pipeline.scheduler.sigmas[i]
-                rows["x"].append(latents[0].float().cpu())
-                rows["velocity"].append(((following.float() - latents.float()) / width)[0].cpu())
-            latents = following
-        made.append({name: torch.stack(values) for name, values in rows.items()})
-    return made
-
-
-def plain_step(pipeline: Any, strategy: str, branches: tuple[Any, Any], latents: Any, i: int, guidance: float) -> Any:
-    """The next latents: a guided Euler step; where the strategy reflects, a step, a weak step back, and a step."""
-    scheduler = pipeline.scheduler
-    if strategy != "euler_cfg" and i < len(scheduler.timesteps) - 1:
-        h = (scheduler.sigmas[i + 1] - scheduler.sigmas[i]).to(latents.dtype)
-        there = latents + h * plain_guided(pipeline, branches, latents, scheduler.timesteps[i], guidance)
-        # Z-Sampling goes back with the empty prompt, W2SD with the prompt and no guidance: one branch each.
-        side = slice(0, 1) if strategy == "z_sampling" else slice(1, 2)
-        weak = plain_call(pipeline, tuple(part[side] for part in branches), there, scheduler.timesteps[i + 1])
-        latents = there - h * weak
-    velocity = plain_guided(pipeline, branches, latents, scheduler.timesteps[i], guidance)
-    return scheduler.step(velocity, scheduler.timesteps[i], latents, return_dict=False)[0]
-
-
-def plain_guided(pipeline: Any, branches: tuple[Any, Any], latents: Any, timestep: Any, guidance: float) -> Any:
-    """Classifier-free guidance as in the stock pipeline."""
-    import torch
-
-    without, with_text = plain_call(pipeline, branches, torch.cat([latents] * 2), timestep).chunk(2)
-    return without + guidance * (with_text - without)
-
-
-def plain_call(pipeline: Any, branches: tuple[Any, ...], latents: Any, timestep: Any) -> Any:
-    """One call of the stock transformer."""
-    return pipeline.transformer(
-        hidden_states=latents,
-        timestep=timestep.expand(len(latents)),
-        encoder_hidden_states=branches[0],
-        pooled_projections=branches[1],
-        return_dict=False,
-    )[0]
-
-
-class Laptop:
+class RealTeacher:
     """A real teacher with prompts of its own, sampled by this package and by the plain loop."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -181,7 +62,7 @@ class Laptop:
         chosen = [self.prompts[j % len(self.prompts)] for j in range(count)]
         return [draw(self.settings, "train", j, prompt, self.teacher.latent_shape) for j, prompt in enumerate(chosen)]
 
-    def ours(self, count: int, batch: int) -> list[Rows]:
+    def ours(self, count: int, batch: int) -> list[dict[str, Any]]:
         """``count`` trajectories in batches: draws, prompt encoding, the walk."""
         from teefusion.targets import walk
 
@@ -192,7 +73,7 @@ class Laptop:
             rows.append(walk(self.teacher, self.strategy, self.grid, text, self.null, members))
         return rows
 
-    def plain(self, count: int) -> list[Rows]:
+    def plain(self, count: int) -> list[dict[str, Any]]:
         """``count`` trajectories by the plain loop."""
         import torch
 
@@ -202,7 +83,7 @@ class Laptop:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Trajectories a second of the plain loop and of each batch size, in turns; speed-ups are paired by round."""
-    bench = Laptop(options)
+    bench = RealTeacher(options)
     device, transformer = bench.teacher.device, bench.teacher.pipeline.transformer
     plain: list[float] = []
     rates: dict[int, list[float]] = {batch: [] for batch in options.batches}
@@ -245,11 +126,11 @@ def compare_text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['teacher']}, {result['strategy']}, {result['num_steps']} steps, {result['forwards_a_trajectory']} "
         f"forwards a trajectory, on {result['device']}; medians of {result['rounds']} rounds (least to greatest)",
-        f"{'plain loop':12s} {_rate(plain)} trajectories/s",
+        f"{'plain loop':12s} {rate_text(plain)} trajectories/s",
     ]
     for batch, values in result["batches"].items():
         share = values["transformer_share"]["median"]
-        rate = _rate(values["trajectories_a_second"])
+        rate = rate_text(values["trajectories_a_second"])
         lines.append(f"{f'batch {batch}':12s} {rate} trajectories/s, {share:.1%} of the time in the transformer")
     low, high = result["speedup_spread"]
     lines.append(
@@ -257,167 +138,6 @@ def compare_text(result: dict[str, Any]) -> str:
         f"({low:.2f} to {high:.2f}), {result['transformer_share']:.1%} in the transformer"
     )
     return "\n".join(lines)
-
-
-def _rate(values: dict[str, float]) -> str:
-    return f"{values['median']:8.3f} ({values['least']:.3f} to {values['greatest']:.3f})"
-
-
-# --- a published shape ------------------------------------------------------------------------------------------------
-
-
-class RandomTeacher:
-    """A published teacher's transformer with random weights, and random embeddings for text."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        from teefusion.architectures import architecture, teacher_shape
-        from teefusion.devices import resolve_device
-        from teefusion.settings import load_settings
-        from teefusion.strategies import make_strategy
-        from teefusion.teachers import Teacher
-
-        self.settings = load_settings(
-            overrides={
-                "teacher.name": options.architecture,
-                "strategy.name": options.strategy,
-                "strategy.num_steps": options.steps,
-                "targets.states_per_trajectory": 1,
-            }
-        )
-        torch.manual_seed(0)
-        device = resolve_device(options.device)
-        self.shape, self.dtype = teacher_shape(self.settings.teacher), getattr(torch, self.settings.teacher.dtype)
-        found = architecture(self.settings.teacher)
-        outline = found.outline(device=device, dtype=self.dtype)
-        # Sampling costs the same at any shift; 3 is that of SD3's published scheduler.
-        outline = dataclasses.replace(outline, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
-        self.teacher = Teacher(outline, found.family, self.settings.teacher, device)
-        self.strategy, self.grid = make_strategy(self.settings.strategy), self.teacher.grid(options.steps)
-
-    def compiled(self) -> None:
-        """From now on the transformer is a compiled one."""
-        import torch
-
-        outline = self.teacher.pipeline
-        faster = dataclasses.replace(outline, transformer=torch.compile(outline.transformer))
-        self.teacher = dataclasses.replace(self.teacher, pipeline=faster)
-
-    def text(self, count: int) -> Any:
-        """Embeddings of ``count`` prompts that nobody wrote."""
-        import torch
-
-        from teefusion.families import TextEmbeddings
-
-        shape, options = self.shape, {"device": self.teacher.device, "dtype": self.dtype}
-        return TextEmbeddings(
-            torch.randn(count, shape.text_tokens, shape.text_width, **options),
-            torch.randn(count, shape.pooled_width, **options),
-        )
-
-    def sampler(self, batch: int) -> Callable[[], Rows]:
-        """Walks one batch of trajectories when called."""
-        from teefusion.prompts import Prompt
-        from teefusion.targets import draw, walk
-
-        shape = self.teacher.latent_shape
-        draws = [draw(self.settings, "train", j, Prompt(f"prompt {j}"), shape) for j in range(batch)]
-        text, null = self.text(batch), self.text(1)
-        return lambda: walk(self.teacher, self.strategy, self.grid, text, null, draws)
-
-
-def measure_shape(options: argparse.Namespace) -> dict[str, Any]:
-    """Forwards a second, share of the device's peak and memory for each batch size: plain, and compiled if asked."""
-    bench = RandomTeacher(options)
-    device, name, peak = bench.teacher.device, *_device_and_peak(options, bench.teacher.device)
-    modes = {}
-    for mode in ("plain", "compiled") if options.compile else ("plain",):
-        if mode == "compiled":
-            bench.compiled()
-        modes[mode] = {batch: _measure_batch(bench, batch, options.rounds, peak, mode) for batch in options.batches}
-    return {
-        "architecture": options.architecture,
-        "strategy": options.strategy,
-        "num_steps": options.steps,
-        "device": name if device.startswith("cuda") else device,
-        "dtype": bench.settings.teacher.dtype,
-        "pixels": bench.shape.pixels,
-        "parameters": bench.shape.parameters,
-        "forward_flops": bench.shape.forward_flops,
-        "peak_flops": peak,
-        "rounds": options.rounds,
-        "modes": modes,
-    }
-
-
-def _measure_batch(bench: RandomTeacher, batch: int, rounds: int, peak: float | None, mode: str) -> dict[str, Any]:
-    import torch
-
-    device, on_gpu = bench.teacher.device, bench.teacher.device.startswith("cuda")
-    forwards = batch * bench.strategy.forwards(len(bench.grid))
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        sample = bench.sampler(batch)
-        first = timed(sample, device)  # pays for allocation and compilation
-        rates = spread([forwards / timed(sample, device) for _ in range(rounds)])
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    share = None
-    if mode == "plain":  # inside a compiled module hooks would split what is compiled
-        with Clock().on(bench.teacher.pipeline.transformer, device) as clock:
-            seconds = timed(sample, device)
-        share = clock.seconds / seconds
-    return {
-        "forwards_a_second": rates,
-        "utilisation": rates["median"] * bench.shape.forward_flops / peak if peak else None,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        "transformer_share": share,
-        "first_walk_s": first,
-    }
-
-
-def _device_and_peak(options: argparse.Namespace, device: str) -> tuple[str, float | None]:
-    """The device's name, and its peak in FLOP/s where it is known or given."""
-    import torch
-
-    from teefusion.estimates import device_reported_as, find_device
-
-    if options.peak:
-        given = find_device(options.peak)
-        return given.name, given.peak_flops
-    if not device.startswith("cuda"):
-        return device, None
-    name = torch.cuda.get_device_name(device)
-    known = device_reported_as(name)
-    return name, known.peak_flops if known else None
-
-
-def shape_text(result: dict[str, Any]) -> str:
-    """For people."""
-    lines = [
-        f"{result['architecture']}, {result['parameters']:,} random {result['dtype']} parameters, "
-        f"{' x '.join(map(str, result['pixels']))} pixels, {result['strategy']}, on {result['device']}; "
-        f"{result['forward_flops']:.3g} FLOPs a forward; medians of {result['rounds']} rounds (least to greatest)"
-    ]
-    for mode, batches in result["modes"].items():
-        for batch, values in batches.items():
-            if "error" in values:
-                lines.append(f"{mode:9s} batch {batch!s:3s} {values['error']}")
-                continue
-            used, memory, share = (values[key] for key in ("utilisation", "peak_memory_bytes", "transformer_share"))
-            parts = [f"{_rate(values['forwards_a_second'])} forwards/s"]
-            parts.append("peak of this device unknown: give --peak" if used is None else f"{used:.1%} of the peak")
-            parts += [f"{memory / 1e9:.1f} GB"] if memory is not None else []
-            parts += [f"{share:.1%} of the time in the transformer"] if share is not None else []
-            lines.append(f"{mode:9s} batch {batch!s:3s} " + ", ".join(parts))
-    return "\n".join(lines)
-
-
-# --- command line ----------------------------------------------------------------------------------------------------
 
 
 def sizes(value: str) -> list[int]:
