@@ -81,7 +81,7 @@ def compare(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
 
 
 def find_model(settings: Settings, name: str, letter: str) -> Model:
-    """What a name stands for. Raises StudentError, TeacherError, RegistryError, TrackingError."""
+    """What a name stands for. Raises UsageError, StudentError, TeacherError, RegistryError, TrackingError."""
     steps = settings.evaluate.num_steps
     if name.startswith(SCHEME):
         version = resolve(name, settings)
@@ -94,6 +94,11 @@ def find_model(settings: Settings, name: str, letter: str) -> Model:
         title = known.parent.name if known.name == "student" else known.name  # students/KEY/student
         digest = sha256_folder(folder)
         return Model(f"{letter}: {title}", digest, student=folder, num_steps=steps or settings.strategy.num_steps)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UsageError(
+            f"{folder} is neither a student nor a teacher: model_index.json is missing. Give a diffusers folder, as "
+            "the one that 'teefusion train' reported."
+        )
     own = name in (settings.teacher.name, settings.teacher.uri)
     found = settings if own else load_settings(overrides={"teacher.name": name})
     revision = revision_of(found.teacher)

@@ -6,7 +6,6 @@ student is ``fusion`` in model_index.json. The pipelines that run it are in ``st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from teefusion.errors import StorageError, StudentError
 from teefusion.files import publish_folder
 from teefusion.fusion import Fusion
 from teefusion.published import is_published
+from teefusion.student_index import read_index
 from teefusion.student_pipelines import StudentPipeline, student_class
 
 
@@ -64,26 +64,20 @@ def save_student(student: Any, folder: Path) -> None:
 def is_student(folder: Path) -> bool:
     """Whether a folder says that it is one; it may still be damaged."""
     try:
-        config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        index = read_index(folder)
+    except StudentError:
         return False
-    return isinstance(config, dict) and ("fusion" in config or is_published(folder, config))
+    return _says_so(folder, index)
+
+
+def _says_so(folder: Path, index: dict[str, Any]) -> bool:
+    return "fusion" in index or is_published(folder, index)
 
 
 def load_student(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A student pipeline from a folder. Raises StudentError for a folder that is none."""
     folder = Path(folder)
-    index = folder / "model_index.json"
-    if not index.exists():
-        raise StudentError(
-            f"{folder} is no student folder: model_index.json is missing. Give the folder that 'teefusion train' "
-            "reported, for example WORKDIR/students/KEY/student."
-        )
-    try:
-        config = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudentError(f"{index} cannot be read: {error}.") from error
-    if not isinstance(config, dict) or not ("fusion" in config or is_published(folder, config)):
+    if not _says_so(folder, read_index(folder)):
         raise StudentError(f"{folder} is a diffusers folder but no student: model_index.json has no 'fusion'.")
     try:
         student = StudentPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)

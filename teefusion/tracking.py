@@ -12,12 +12,14 @@ import functools
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from teefusion.errors import NoVersionError, TrackingError
+from teefusion.files import create_bytes
 from teefusion.outbox import Outbox
 from teefusion.settings import Settings
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RUN_KEY_TAG = "teefusion.run_key"
+_SQLITE = "sqlite:///"
 _MAX_PARAM_CHARS = 500
 # A refusal's status, in the words of MLflow's client and, for artifacts, of requests.
 _STATUS = re.compile(r"(?:error code |^)(401|403|5\d\d)\b")
@@ -39,15 +42,13 @@ def is_main_rank() -> bool:
 
 def tracking_uri(settings: Settings) -> str:
     """The server, or SQLite in the workdir."""
-    return settings.mlflow.tracking_uri or f"sqlite:///{settings.workdir.resolve() / 'mlflow.db'}"
+    return settings.mlflow.tracking_uri or f"{_SQLITE}{settings.workdir.resolve() / 'mlflow.db'}"
 
 
 def connect(settings: Settings) -> MlflowClient:
     """A client of a tracking server that answers. Raises TrackingError saying which setting to look at."""
     uri = tracking_uri(settings)
     check_server(settings)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # MLflow's own default is to try for minutes; a lost metric is not worth a stalled training.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.mlflow.timeout_s) or 1))
@@ -58,15 +59,30 @@ def connect(settings: Settings) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     with mlflow_errors(settings, "be used"):
+        if uri.startswith(_SQLITE):
+            _make_database(Path(uri.removeprefix(_SQLITE)))
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
     return client
 
 
+def _make_database(path: Path) -> None:
+    """MLflow's tables in a file that gets its name when all are there; MLflow mends none that a full disk cut short."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
+        new = Path(folder) / path.name
+        MlflowClient(f"{_SQLITE}{new}", f"{_SQLITE}{new}").search_experiments(max_results=1)
+        create_bytes(path, new.read_bytes())
+
+
 def has_registry(settings: Settings) -> bool:
     """Whether there is one to ask: looking into a local one that nobody wrote to yet would make it."""
     uri = tracking_uri(settings)
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
 
 
 @contextlib.contextmanager

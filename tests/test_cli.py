@@ -137,9 +137,22 @@ def test_a_stage_without_its_input_names_the_command_that_makes_it(tmp_path: Pat
     assert_one_message(invoke("train", *options), 1, "Run 'teefusion targets' first")
 
 
-def test_a_student_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    result = invoke("generate", str(tmp_path), "--prompt", "a", "--workdir", str(tmp_path / "w"))
-    assert_one_message(result, 2, "is no student folder")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "FOLDER", "--prompt", "a"),
+        ("serve", "FOLDER"),
+        ("evaluate", "--student", "FOLDER"),
+        ("compare", "FOLDER", "shapes"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_student_folder_that_is_none_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
+    folder = tmp_path / "none"
+    folder.mkdir()
+    arguments = [str(folder) if part == "FOLDER" else part for part in command]
+    result = invoke(*arguments, "--workdir", str(tmp_path / "w"))
+    assert_one_message(result, 2, f"{folder} is n", "model_index.json is missing")
 
 
 def test_an_mlflow_server_that_does_not_answer_is_found_before_anything_is_spent(tmp_path: Path) -> None:

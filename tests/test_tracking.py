@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from teefusion import outbox
+from teefusion.errors import TrackingError
 from teefusion.outbox import Outbox
 from teefusion.settings import Settings
 from teefusion.tracking import Tracker, connect
@@ -64,6 +66,19 @@ def test_the_end_waits_no_longer_than_it_was_told_and_says_what_is_left() -> Non
 
 def test_an_outbox_that_was_never_used_ends_at_once() -> None:
     assert Outbox().close(patience_s=10) == []
+
+
+def test_a_full_disk_leaves_no_database_that_is_half_made(make_settings: Make, tmp_path: Path) -> None:
+    settings = make_settings({"workdir": tmp_path / "new"})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 << 10, before[1]))  # MLflow's first tables fit, not all
+    try:
+        with pytest.raises(TrackingError, match=r"mlflow\.db cannot be used: .* no space left"):
+            connect(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(settings.workdir.iterdir()) == []
+    assert connect(settings).search_experiments()
 
 
 @pytest.mark.slow

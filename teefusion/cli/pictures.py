@@ -33,6 +33,9 @@ def generate(
     output: Path,
 ) -> dict[str, Any]:
     """Make pictures with the STUDENT in a folder."""
+    from teefusion.student_index import read_index
+
+    read_index(student)  # before the seconds that the models' libraries take
     from teefusion.generation import generate as make
 
     paths = make(

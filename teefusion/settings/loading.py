@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -95,13 +96,26 @@ def validate_settings(values: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in item['loc']) or 'settings'}: "
-            + item["msg"].removeprefix("Value error, ")
-            + ("" if item["type"] in ("extra_forbidden", "value_error") else f" (got {item['input']!r})")
-            for item in error.errors()
-        ]
+        lines = [f"  {_told(item['loc'], item['type'], item['msg'], item['input'])}" for item in error.errors()]
         raise SettingsError("These settings cannot be used:\n" + "\n".join(lines)) from error
+
+
+def _told(location: Sequence[int | str], kind: str, message: str, given: Any) -> str:
+    """One of pydantic's findings, in our words where it has none for a person."""
+    name = ".".join(map(str, location)) or "settings"
+    if kind == "extra_forbidden":
+        alike = get_close_matches(name, _names(), n=1)
+        return f"{name}: there is no such setting" + (f"; {alike[0]} is one" if alike else "")
+    return name + ": " + message.removeprefix("Value error, ") + ("" if kind == "value_error" else f" (got {given!r})")
+
+
+def _names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from _names(kind, f"{prefix}{name}.")
 
 
 def _teacher_name(values: Mapping[str, Any]) -> str:
@@ -161,7 +175,7 @@ def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     """pydantic-settings ignores misspelt variables; a run that silently trains with a default is worse than none."""
-    known = {ENV_PREFIX + name.upper() for name in _variable_names()} | _OTHER_VARIABLES
+    known = {ENV_PREFIX + name.replace(".", "__").upper() for name in _names()} | _OTHER_VARIABLES
     unknown = sorted(
         name
         for name in os.environ
@@ -172,12 +186,3 @@ def _refuse_unknown_variables() -> None:
             f"Unknown variable{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}: no setting has that name. "
             "Sections are joined with two underscores, as in TEEFUSION_TRAIN__STEPS."
         )
-
-
-def _variable_names(model: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
-    """Names of all settings, nested with two underscores."""
-    for name, field in (model or Settings).model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from _variable_names(kind, f"{prefix}{name}__")

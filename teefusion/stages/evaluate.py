@@ -14,6 +14,7 @@ from teefusion.registry.packaging import digest_of
 from teefusion.scorer_sources import ScorerSource, scorer_of
 from teefusion.settings import Settings
 from teefusion.sources import require_fitting_scorer
+from teefusion.student_index import read_index
 from teefusion.workspace import StageResult, Workspace, require
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def evaluate(settings: Settings, prompts: Path, student: Path) -> StageResult:
     """
     require_fitting_scorer(settings)
     workspace = Workspace(settings)
+    read_index(student)
     training = read_json(require(student.parent / "training.json", command="teefusion train", what="trained student"))
     judges = Judges.of(settings, student)
     output = evaluation_folder(settings, prompts, student, judges)
