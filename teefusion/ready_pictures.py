@@ -72,8 +72,8 @@ def _pair_style(folder: Path, prompts: Sequence[Prompt]) -> list[Pair]:
         by_index[index] = path
     if missing := [index for index in range(len(prompts)) if index not in by_index]:
         raise UsageError(
-            f"{folder} has {len(by_index)} pictures for {len(prompts)} prompts: {len(missing)} are missing, the first "
-            f"is {missing[0]:05d}.jpg. Make them, or name the pictures' own prompts: --prompts."
+            f"{folder} has {len(by_index)} pictures for {len(prompts)} prompts: {len(missing)} missing, the first is "
+            f"{missing[0]:05d}.jpg. Make them, or name the pictures' own prompts: --prompts."
         )
     return [Pair(by_index[index], prompt) for index, prompt in enumerate(prompts)]
 
@@ -195,9 +195,7 @@ def table(result: Mapping[str, Any]) -> str:
             of_style = Mean(**value)
             lines.append(f"  {style:<16}{of_style.mean:.2f} ± {of_style.standard_error:.2f}  ({of_style.n} pictures)")
     if scorer["prompts_cut"]:
-        lines.append(
-            f"  {scorer['prompts_cut']:,} prompts are longer than the scorer reads: their beginning was scored"
-        )
+        lines.append(f"  prompts longer than the scorer reads, scored by their beginning: {scorer['prompts_cut']:,}")
     return "\n".join([*lines, f"  {result['output']}"])
 
 

@@ -151,7 +151,7 @@ def test_a_picture_that_a_rank_cannot_read_ends_all(
     [
         (
             lambda folder: (folder / "photo" / "00079.jpg").unlink(),
-            "79 pictures for 80 prompts: 1 are missing, the first",
+            "79 pictures for 80 prompts: 1 missing, the first",
         ),
         (lambda folder: draw(folder / "photo" / "00080.jpg", 1), "00080.jpg is no picture of one of 80 prompts"),
         (lambda folder: draw(folder / "photo" / "00003.png", 1), "00003.png is no picture of one of 80 prompts"),
