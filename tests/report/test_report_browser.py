@@ -84,7 +84,7 @@ def test_a_browser_would_be_caught_asking_and_the_policy_stops_it(html: str, tmp
 def opened(html: str, folder: Path, browser: Browser) -> None:
     (folder / "report.html").write_text(html, encoding="utf-8")
     browser.open((folder / "report.html").as_uri())
-    browser.wait("document.readyState == 'complete' && document.querySelector('#viewer')")
+    browser.wait("document.readyState == 'complete' && !!document.querySelector('#viewer')")
 
 
 def test_the_viewer_works_by_keyboard(html: str, tmp_path: Path) -> None:
