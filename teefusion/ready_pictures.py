@@ -13,7 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+from PIL import Image
 
 from teefusion.claims import forget_claims, work_through
 from teefusion.errors import SettingsError, TeEFusionError, UsageError
@@ -24,7 +26,7 @@ from teefusion.pictures import read_picture
 from teefusion.progress import Progress
 from teefusion.prompt_files import read_prompts, source_digest
 from teefusion.prompts import Prompt, normalise
-from teefusion.scorer_names import BUNDLED
+from teefusion.scorer_names import BUNDLED, Transparency
 from teefusion.scorer_sources import ScorerSource, scorer_of
 from teefusion.settings import Settings, settings_from_json
 from teefusion.sources import prompt_path
@@ -148,7 +150,7 @@ class _Work:
             return None if store.size(name) is None else read_json(store.folder / name)["scores"]
 
         def make(name: str) -> list[float]:
-            images = [read_picture(member.file, transparency=self.source.transparency) for member in batches[name]]
+            images = _Pictures([member.file for member in batches[name]], self.source.transparency)
             scores = scorer.score(images, [member.prompt.text for member in batches[name]])
             store.write(name, json_bytes({"scores": scores}))
             return scores
@@ -158,6 +160,25 @@ class _Work:
             done = work_through(store, list(batches), find, make, found=lambda scores, _: progress.advance(len(scores)))
         cut = len(scorer.too_long([member.prompt.text for member in self.pairs]))
         return [score for name in names for score in done[name]], scorer.describe() | {"prompts_cut": cut}
+
+
+class _Pictures(Sequence[Image.Image]):
+    """Each read when it is asked for: a batch of large ones is never in memory whole."""
+
+    def __init__(self, files: Sequence[Path], transparency: Transparency) -> None:
+        self._files, self._transparency = files, transparency
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Pictures: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | _Pictures:
+        if isinstance(index, slice):
+            return _Pictures(self._files[index], self._transparency)
+        return read_picture(self._files[index], transparency=self._transparency)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_a_mended_picture_costs_its_batch(layout: Path, chosen: Settings, monkey
     assert len(read) == 16
     assert after["scores"]["photo"] == before["scores"]["photo"]
     assert after["scores"]["anime"] != before["scores"]["anime"]
+
+
+def test_of_a_batch_no_more_than_two_pictures_are_in_memory(
+    layout: Path, chosen: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Image.Image]] = []
+
+    def watched(path: Path, **options: Any) -> Image.Image:
+        assert sum(picture() is not None for picture in seen) < 2
+        seen.append(weakref.ref(picture := read_picture(path, **options)))
+        return picture
+
+    monkeypatch.setattr("teefusion.ready_pictures.read_picture", watched)
+    score_pictures(chosen, layout)
+    assert len(seen) == 160
 
 
 def test_one_picture_that_comes_twice_counts_twice(tmp_path: Path, chosen: Settings) -> None:
