@@ -15,7 +15,7 @@ import torch
 from teefusion.claims import forget_claims
 from teefusion.devices import local_device
 from teefusion.errors import TeEFusionError
-from teefusion.evaluation import choose_prompts, score_rows
+from teefusion.evaluation import choose_prompts, score_rows, spread
 from teefusion.group_means import Mean, benchmark_score, by_style, style_means
 from teefusion.memory import memory_kind
 from teefusion.prompts import Prompt, load_prompt_set
@@ -92,8 +92,8 @@ class Comparison:
         return diversity(chosen, self.scorer, prompts, seeds=options.diversity_seeds, batch_size=options.batch_size)
 
     def spread(self, count: int) -> list[Prompt]:
-        """So many of the prompts at most, from all styles: every n-th."""
-        return list(self.prompts[:: max(1, len(self.prompts) // count)][:count])
+        """So many of the prompts at most, from all styles."""
+        return spread(self.prompts, count)
 
     def forget_claims(self) -> None:
         """Remove what processes left behind in sharing out the batches, once all are scored."""

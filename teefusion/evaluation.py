@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from teefusion.claims import work_through
 from teefusion.errors import IntegrityError, PromptError
@@ -22,6 +22,7 @@ from teefusion.settings import EvaluateSettings
 from teefusion.storage import FolderStore
 
 _WARM_UP_PICTURES = 8
+Item = TypeVar("Item")
 _Record = dict[str, dict[str, Any]]  # by row, what ``_score_batch`` measured
 
 
@@ -33,6 +34,12 @@ def choose_prompts(heldout: Sequence[Prompt], options: EvaluateSettings) -> list
     if not chosen:
         raise PromptError("No held-out prompt to evaluate on. Add prompts, or raise prompts.heldout_fraction.")
     return chosen
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items at most, evenly over all of them: of prompts style by style, from every style."""
+    chosen = min(count, len(items))
+    return [items[k * len(items) // chosen] for k in range(chosen)]
 
 
 def picture_path(folder: Path, row: str, prompt: Prompt, position: int) -> Path:

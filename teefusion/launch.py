@@ -79,17 +79,15 @@ def run_targets(settings: Settings, *, prompts: Path, output: str) -> None:
         )
 
 
-def run_scoring(settings: Settings, *, prompts: Path, student: Path, champion: Path | None, output: Path) -> None:
-    """Have several processes score an evaluation's pictures; with one there is nothing to do before the stage itself.
+def run_scoring(settings: Settings, module: str, paths: dict[str, Path]) -> None:
+    """Have several processes score an evaluation's pictures; with one there is nothing to do before the caller does.
 
-    Raises TeEFusionError naming torchrun's exit code.
+    ``module`` records scores where its caller then finds them. Raises TeEFusionError naming torchrun's exit code.
     """
     if settings.evaluate.num_processes == 1:
         return
-    arguments = [f"--prompts={prompts}", f"--student={student}", f"--output={output}"]
-    if champion:
-        arguments.append(f"--champion={champion}")
-    code = _torchrun(settings, settings.evaluate.num_processes, "teefusion.comparison", arguments)
+    arguments = [f"--{name}={path}" for name, path in paths.items()]
+    code = _torchrun(settings, settings.evaluate.num_processes, module, arguments)
     if code:
         raise TeEFusionError(
             f"Scoring under torchrun ended with exit code {code}; the reason is above. Scored batches are kept."

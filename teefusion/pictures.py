@@ -29,7 +29,7 @@ def read_picture(path: Path, *, transparency: Transparency = "white") -> Image.I
                 image.load()
                 return as_rgb(image, transparency=transparency)
     except Image.DecompressionBombError as error:
-        raise ScorerError(_too_large(path, str(error).split(" (")[-1].split(" ")[0])) from error
+        raise ScorerError(_too_large(path, f"{int(str(error).split(' (')[-1].split(' ')[0]):,}")) from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
         raise ScorerError(f"{path} cannot be read as a picture: {error}. Make it again.") from error
     except ScorerError as error:

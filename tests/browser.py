@@ -95,8 +95,8 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, *, times: int = 1, control: bool = False) -> None:
-        """Tab, Enter or an arrow."""
-        codes = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39}
+        """Tab, Enter, Escape or an arrow."""
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
         event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 2 if control else 0}
         down = {"type": "rawKeyDown"} if key != "Enter" or control else {"type": "keyDown", "text": "\r"}
         for _ in range(times):

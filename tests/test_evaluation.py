@@ -16,7 +16,7 @@ from PIL import Image
 
 from teefusion import comparison, launch
 from teefusion.errors import IntegrityError, TeEFusionError
-from teefusion.evaluation import score_rows
+from teefusion.evaluation import score_rows, spread
 from teefusion.prompts import Prompt
 from teefusion.samplers import Sampler
 from teefusion.settings import EvaluateSettings
@@ -115,6 +115,11 @@ def test_a_record_of_other_prompts_is_refused(tmp_path: Path) -> None:
     score_rows(rows([]), LengthScorer(), PROMPTS, OPTIONS, tmp_path, records=records)
     with pytest.raises(IntegrityError, match=r"00000\.json was scored on other prompts or rows"):
         score_rows(rows([]), LengthScorer(), PROMPTS[::-1], OPTIONS, tmp_path, records=records)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, "a"), (3, "abd"), (5, "abcde"), (9, "abcde")])
+def test_prompts_to_show_are_spread_over_all_of_them(count: int, chosen: str) -> None:
+    assert "".join(spread("abcde", count)) == chosen
 
 
 def test_without_a_folder_for_records_none_are_kept(tmp_path: Path) -> None:

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from teefusion.gate import OVERALL, Evidence, Verdict, decide
-from teefusion.settings import GateSettings
-
-RULES = GateSettings(margin=0.0125, style_margin=0.05, min_prompts=4, resamples=1000)
-STYLES = ("anime", "photo")
-scores = st.floats(-100, 100)
-
-
-def evidence(
-    teacher: Sequence[float] | None = None, student: Sequence[float] | None = None, **changes: object
-) -> Evidence:
-    """A student that passes RULES: eight prompts in two styles, all at 20, half the forwards, residual 0.25."""
-    teacher = [20.0] * 8 if teacher is None else teacher
-    student = list(teacher) if student is None else student
-    prompts = tuple(f"prompt {k}" for k in range(len(teacher)))
-    base = Evidence(
-        styles=tuple(STYLES[k * 2 // len(teacher)] for k in range(len(teacher))),
-        teacher_prompts=prompts,
-        student_prompts=prompts,
-        teacher_scores=tuple(teacher),
-        student_scores=tuple(student),
-        nfe_teacher=56.0,
-        nfe_student=28.0,
-        seconds_teacher=0.5,
-        seconds_student=0.25,
-        diversity_teacher=0.4,
-        diversity_student=0.4,
-        guidance_residual=0.25,
-    )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
-
-
-def rejected(verdict: Verdict, text: str) -> bool:
-    return not verdict.passed and any(text in reason for reason in verdict.reasons)
-
+from teefusion.gate import OVERALL, Evidence, decide
+from tests.evidence import RULES, evidence, rejected
 
 # What passes, and what it says
 
@@ -102,65 +66,6 @@ def test_a_style_may_fall_further_than_the_whole() -> None:
     assert decide(evidence(student=student), RULES).intervals["photo"].passed
     strict = RULES.model_copy(update={"style_margin": 0.025})  # 0.5 is allowed
     assert rejected(decide(evidence(student=student), strict), "Style photo")
-
-
-# The interval
-
-
-def test_two_prompts_give_the_interval_worked_out_by_hand() -> None:
-    # Differences 0 and 1: resampled means are 0, 0.5, 1 with chances 1/4, 1/2, 1/4, so 95 % reach from 0 to 1.
-    interval = decide(evidence([20.0, 20.0], [20.0, 21.0]), RULES).intervals[OVERALL]
-    assert (interval.difference, interval.low, interval.high) == (0.5, 0.0, 1.0)
-
-
-def test_the_interval_is_as_wide_as_the_normal_one_for_many_prompts() -> None:
-    # Differences of -1 and +1 in turn: standard error 1 / sqrt(400) = 0.05, so 95 % is 1.96 * 0.05 = 0.098 each side.
-    teacher = [20.0] * 400
-    student = [19.0, 21.0] * 200
-    interval = decide(evidence(teacher, student), RULES.model_copy(update={"resamples": 10_000})).intervals[OVERALL]
-    assert interval.low == pytest.approx(-0.098, abs=0.006)
-    assert interval.high == pytest.approx(0.098, abs=0.006)
-
-
-def test_more_confidence_makes_the_interval_wider() -> None:
-    compared = evidence([20.0] * 100, [19.0, 21.0] * 50)
-    wide = decide(compared, RULES.model_copy(update={"confidence": 0.99})).intervals[OVERALL]
-    narrow = decide(compared, RULES.model_copy(update={"confidence": 0.8})).intervals[OVERALL]
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-def test_the_comparison_is_paired_so_that_hard_prompts_add_no_noise() -> None:
-    # Scores spread over 70 points, the difference is 0.5 everywhere: unpaired resampling would reject it.
-    teacher = [10.0 * k for k in range(1, 9)]
-    interval = decide(evidence(teacher, [score + 0.5 for score in teacher]), RULES).intervals[OVERALL]
-    assert (interval.low, interval.high) == (0.5, 0.5)
-
-
-def test_pairs_follow_the_prompt_not_the_position() -> None:
-    teacher = [float(2**k) for k in range(8)]
-    turned = evidence(
-        teacher,
-        list(reversed(teacher)),
-        student_prompts=tuple(f"prompt {k}" for k in reversed(range(8))),
-    )
-    assert decide(turned, RULES) == decide(evidence(teacher), RULES)
-
-
-def test_the_seed_decides_the_resamples() -> None:
-    compared = evidence([20.0] * 30, [20.0 + math.sin(k) for k in range(30)])
-    assert decide(compared, RULES) == decide(compared, RULES)
-    assert decide(compared, RULES) != decide(compared, RULES.model_copy(update={"seed": 1}))
-
-
-def test_the_whole_benchmark_at_full_resamples_stays_within_64_mb() -> None:
-    compared = evidence([20.0 + math.sin(k) for k in range(3200)])
-    tracemalloc.start()
-    try:
-        decide(compared, GateSettings(resamples=10_000))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 64 * 2**20
 
 
 # What is no evidence
@@ -284,57 +189,43 @@ def test_a_champion_that_was_not_measured_on_the_same_prompts_never_passes(
 # Forwards, seconds, diversity and guidance
 
 
-@pytest.mark.parametrize(("student", "passes"), [(28.0, True), (28.5, False)])
-def test_exactly_half_the_forwards_pass_and_more_do_not(student: float, passes: bool) -> None:
-    verdict = decide(evidence(nfe_student=student), RULES)
-    assert verdict.passed is passes
-    assert rejected(verdict, "28.5 forwards a picture and its teacher 56: that is 0.5089 of") is not passes
+LIMITS = {
+    "nfe_student": ({}, 28.0, 28.5, "28.5 forwards a picture and its teacher 56: that is 0.5089 of"),
+    "seconds_student": (
+        {"min_speedup": 2.0}, 0.25, 0.26, "takes 0.26 s a picture and its teacher 0.5 s: that is 1.92 times as fast",
+    ),
+    "diversity_student": (
+        {"min_diversity": 0.5}, 0.2, 0.1875, "their distance is 0.188, the teacher's 0.4, that is 0.469 of it",
+    ),
+    "guidance_residual": ({"max_guidance_residual": 0.5}, 0.5, 0.5625, "guidance residual is 0.5625"),
+}  # fmt: skip
+"""Rules, what just passes them, what just does not, and what is said of that."""
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
-@pytest.mark.parametrize("row", ["nfe_teacher", "nfe_student"])
-def test_forwards_that_were_not_measured_never_pass(row: str, value: float) -> None:
-    assert rejected(decide(evidence(**{row: value}), RULES), "Forwards a picture were not measured")
+@pytest.mark.parametrize("measured", LIMITS)
+def test_a_limit_may_be_reached_and_no_further(measured: str) -> None:
+    changes, good, bad, reason = LIMITS[measured]
+    rules = RULES.model_copy(update=changes)
+    assert decide(evidence(**{measured: good}), rules).passed
+    assert rejected(decide(evidence(**{measured: bad}), rules), reason)
 
 
-@pytest.mark.parametrize(("student", "passes"), [(0.25, True), (0.26, False)])
-def test_the_speed_asked_for_is_reached_or_not(student: float, passes: bool) -> None:
-    verdict = decide(evidence(seconds_student=student), RULES.model_copy(update={"min_speedup": 2.0}))
-    assert verdict.passed is passes
-    assert rejected(verdict, "takes 0.26 s a picture and its teacher 0.5 s: that is 1.92 times as fast") is not passes
+@pytest.mark.parametrize(
+    ("rows", "values", "reason"),
+    [
+        (("nfe_teacher", "nfe_student"), (math.nan, math.inf, 0.0, -1.0), "Forwards a picture were not measured"),
+        (("seconds_teacher", "seconds_student"), (math.nan, 0.0), "Seconds a picture were not measured"),
+        (("diversity_teacher", "diversity_student"), (math.nan, -0.1), "Diversity was not measured"),
+        (("guidance_residual",), (math.nan, math.inf, -0.25), "residual was not measured"),
+    ],
+)
+def test_what_was_not_measured_never_passes(rows: Sequence[str], values: Sequence[float], reason: str) -> None:
+    for row, value in itertools.product(rows, values):
+        assert rejected(decide(evidence(**{row: value}), RULES), reason), (row, value)
 
 
-@pytest.mark.parametrize("row", ["seconds_teacher", "seconds_student"])
-@pytest.mark.parametrize("value", [math.nan, 0.0])
-def test_seconds_that_were_not_measured_never_pass(row: str, value: float) -> None:
-    assert rejected(decide(evidence(**{row: value}), RULES), "Seconds a picture were not measured")
-
-
-@pytest.mark.parametrize(("student", "passes"), [(0.2, True), (0.1875, False)])
-def test_diversity_may_fall_to_its_share_of_the_teachers(student: float, passes: bool) -> None:
-    rules = RULES.model_copy(update={"min_diversity": 0.5})
-    verdict = decide(evidence(diversity_student=student), rules)
-    assert verdict.passed is passes
-    assert rejected(verdict, "their distance is 0.188, the teacher's 0.4, that is 0.469 of it") is not passes
-
-
-@pytest.mark.parametrize("value", [math.nan, -0.1])
-@pytest.mark.parametrize("row", ["diversity_teacher", "diversity_student"])
-def test_diversity_that_was_not_measured_passes_only_where_none_is_asked_for(row: str, value: float) -> None:
-    assert rejected(decide(evidence(**{row: value}), RULES), "Diversity was not measured")
-    assert decide(evidence(**{row: value}), RULES.model_copy(update={"min_diversity": 0.0})).passed
-
-
-@pytest.mark.parametrize(("residual", "passes"), [(0.5, True), (0.5625, False)])
-def test_the_residual_may_reach_its_limit_and_no_further(residual: float, passes: bool) -> None:
-    verdict = decide(evidence(guidance_residual=residual), RULES.model_copy(update={"max_guidance_residual": 0.5}))
-    assert verdict.passed is passes
-    assert rejected(verdict, "guidance residual is 0.5625") is not passes
-
-
-@pytest.mark.parametrize("residual", [math.nan, math.inf, -0.25])
-def test_a_residual_that_was_not_measured_never_passes(residual: float) -> None:
-    assert rejected(decide(evidence(guidance_residual=residual), RULES), "residual was not measured")
+def test_diversity_need_not_be_measured_where_none_is_asked_for() -> None:
+    assert decide(evidence(diversity_student=math.nan), RULES.model_copy(update={"min_diversity": 0.0})).passed
 
 
 def test_all_failures_are_named_at_once() -> None:
@@ -360,66 +251,6 @@ def test_a_verdict_becomes_json() -> None:
         "high": 0.0,
         "margin": 0.25,
     }
-
-
-# Properties
-
-
-@st.composite
-def comparisons(draw: st.DrawFn) -> Evidence:
-    count = draw(st.integers(8, 24))
-    row = st.lists(scores, min_size=count, max_size=count)
-    compared = evidence(draw(row), draw(row))
-    if draw(st.booleans()):
-        champion = {"champion_prompts": compared.teacher_prompts, "champion_scores": tuple(draw(row))}
-        compared = dataclasses.replace(compared, **champion)  # type: ignore[arg-type]
-    return compared
-
-
-@given(comparisons(), st.integers(0, 23), st.floats(0, 50))
-@hypothesis_settings(deadline=None, max_examples=60)
-def test_a_higher_student_score_never_lowers_a_bound_or_the_verdict(
-    compared: Evidence, position: int, rise: float
-) -> None:
-    higher = list(compared.student_scores)
-    higher[position % len(higher)] += rise
-    before, after = decide(compared, RULES), decide(dataclasses.replace(compared, student_scores=higher), RULES)
-    for kind in ("intervals", "champion_intervals"):
-        found = getattr(after, kind)
-        assert all(found[name].low >= interval.low for name, interval in getattr(before, kind).items())
-    assert after.passed >= before.passed
-
-
-@given(comparisons(), st.randoms(use_true_random=False))
-@hypothesis_settings(deadline=None, max_examples=60)
-def test_the_order_of_prompts_does_not_matter(compared: Evidence, random: object) -> None:
-    order = list(range(len(compared.styles)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    rows = ["styles", "teacher_prompts", "student_prompts", "teacher_scores", "student_scores"]
-    rows += ["champion_prompts", "champion_scores"] if compared.champion_prompts else []
-    shuffled = {row: tuple(getattr(compared, row)[k] for k in order) for row in rows}
-    assert decide(dataclasses.replace(compared, **shuffled), RULES) == decide(compared, RULES)  # type: ignore[arg-type]
-
-
-@given(comparisons(), st.sampled_from(["teacher_scores", "student_scores"]), st.integers(0, 23))
-@hypothesis_settings(deadline=None, max_examples=60)
-def test_nan_anywhere_never_passes(compared: Evidence, row: str, position: int) -> None:
-    values = list(getattr(compared, row))
-    values[position % len(values)] = math.nan
-    # 1e4 above the teacher everywhere else, so that only the NaN can fail it
-    good = {"teacher_scores": [1.0] * len(values), "student_scores": [1e4] * len(values)} | {row: values}
-    assert not decide(dataclasses.replace(compared, **good), RULES).passed  # type: ignore[arg-type]
-
-
-@given(comparisons(), st.integers(0, 23), st.text(max_size=5))
-@hypothesis_settings(deadline=None, max_examples=60)
-def test_other_prompts_never_pass(compared: Evidence, position: int, other: str) -> None:
-    prompts = list(compared.teacher_prompts)
-    prompts[position % len(prompts)] = other
-    good: dict[str, object] = {"teacher_scores": [1.0] * len(prompts), "student_scores": [1e4] * len(prompts)}
-    good |= {"champion_prompts": None, "champion_scores": None}
-    assert decide(dataclasses.replace(compared, **good), RULES).passed  # type: ignore[arg-type]
-    assert not decide(dataclasses.replace(compared, student_prompts=prompts, **good), RULES).passed  # type: ignore[arg-type]
 
 
 def test_the_gate_needs_no_torch() -> None:

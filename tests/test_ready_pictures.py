@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teefusion import pictures, scoring
-from teefusion.errors import ScorerError, SettingsError, UsageError
+from teefusion import pictures, ready_pictures, scoring
+from teefusion.errors import ScorerError, SettingsError, TeEFusionError, UsageError
 from teefusion.pictures import read_picture
 from teefusion.prompts import Prompt
 from teefusion.ready_pictures import pair, score_pictures, table
@@ -106,12 +107,67 @@ def test_a_mended_picture_costs_its_batch(layout: Path, chosen: Settings, monkey
     assert after["scores"]["anime"] != before["scores"]["anime"]
 
 
+def test_of_a_batch_no_more_than_two_pictures_are_in_memory(
+    layout: Path, chosen: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Image.Image]] = []
+
+    def watched(path: Path, **options: Any) -> Image.Image:
+        assert sum(picture() is not None for picture in seen) < 2
+        seen.append(weakref.ref(picture := read_picture(path, **options)))
+        return picture
+
+    monkeypatch.setattr("teefusion.ready_pictures.read_picture", watched)
+    score_pictures(chosen, layout)
+    assert len(seen) == 160
+
+
+def test_one_picture_that_comes_twice_counts_twice(tmp_path: Path, chosen: Settings) -> None:
+    for k in range(3):
+        draw(tmp_path / "twice" / "photo" / f"{k}.png", seed=k % 2)
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a star", "style": "photo"}] * 3))
+    single = chosen.model_copy(update={"evaluate": chosen.evaluate.model_copy(update={"batch_size": 1})})
+    result = score_pictures(single, tmp_path / "twice")
+    scores = [entry["score"] for entry in json.loads(Path(result["output"]).read_text())["per_picture"]]
+    assert scores[0] == scores[2] != scores[1]
+    assert result["scores"]["overall"]["n"] == 3
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_share_the_batches_and_score_what_one_does(
+    layout: Path, chosen: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = score_pictures(chosen.model_copy(update={"workdir": layout.parent / "alone"}), layout)
+    two = chosen.model_copy(update={"evaluate": chosen.evaluate.model_copy(update={"num_processes": 2})})
+    monkeypatch.setattr("teefusion.ready_pictures.read_picture", None)  # here nothing is left to read
+    assert {**score_pictures(two, layout), "output": ""} == {**alone, "output": ""}
+
+
+def test_a_picture_that_a_rank_cannot_read_ends_all(
+    layout: Path, chosen: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def torchrun(settings: Settings, processes: int, module: str, arguments: list[str]) -> int:
+        file = layout.parent / "settings.json"
+        file.write_text(settings.to_json())
+        monkeypatch.setattr("sys.argv", [module, f"--settings={file}", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            ready_pictures.main()
+        return int(ended.value.code or 0)
+
+    monkeypatch.setattr("teefusion.launch._torchrun", torchrun)
+    (layout / "anime" / "00017.jpg").write_bytes(b"")
+    two = chosen.model_copy(update={"evaluate": chosen.evaluate.model_copy(update={"num_processes": 2})})
+    with pytest.raises(TeEFusionError, match=r"ended with exit code 1; the reason is above"):
+        score_pictures(two, layout)
+    assert "00017.jpg is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             lambda folder: (folder / "photo" / "00079.jpg").unlink(),
-            "79 pictures for 80 prompts: 1 are missing, the first",
+            "79 pictures for 80 prompts: 1 missing, the first",
         ),
         (lambda folder: draw(folder / "photo" / "00080.jpg", 1), "00080.jpg is no picture of one of 80 prompts"),
         (lambda folder: draw(folder / "photo" / "00003.png", 1), "00003.png is no picture of one of 80 prompts"),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from teefusion.evaluation import picture_path
+from teefusion.evaluation import picture_path, spread
 from teefusion.gate import Verdict
 from teefusion.group_means import BenchmarkScore, Mean
 from teefusion.pictures import png_bytes
@@ -152,15 +152,15 @@ def control(sweep: Mapping[str, Sequence[SweepPoint]]) -> dict[str, list[Control
 
 
 def swept(sweep: Mapping[str, Sequence[SweepPoint]], compared: Comparison) -> list[SweptPictures]:
-    """A sweep's pictures, of its first prompts."""
+    """A sweep's pictures, of some of its prompts."""
     prompts = compared.spread(compared.settings.evaluate.sweep_prompts)
     return [
         SweptPictures(
-            prompt.text,
-            prompt.style,
+            prompts[k].text,
+            prompts[k].style,
             {name: {point.scale: png_bytes(point.images[k]) for point in points} for name, points in sweep.items()},
         )
-        for k, prompt in enumerate(prompts[:_SWEPT_SHOWN])
+        for k in spread(range(len(prompts)), _SWEPT_SHOWN)
     ]
 
 

@@ -99,7 +99,8 @@ def _compare(
     from teefusion.report.assemble import evaluation_report
 
     champion = judges.champion.folder if judges.champion else None
-    run_scoring(settings, prompts=prompts, student=student, champion=champion, output=output)
+    paths = {"prompts": prompts, "student": student, "output": output} | ({"champion": champion} if champion else {})
+    run_scoring(settings, "teefusion.comparison", paths)
     compared = open_comparison(settings, prompts, student, output, champion=champion, source=judges.scorer)
     scores = compared.score()
     result, sweep = compared.measured(scores), compared.sweep(("teacher", "student"))

@@ -25,12 +25,22 @@ def test_a_release_is_installed_upgraded_tested_rolled_back_and_removed() -> Non
         assert cluster.things["ConfigMap", "teefusion-settings"]["data"]["TEEFUSION_TRAIN__STEPS"] == "7"
         assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) != installed
         helm.test(RELEASE)
-        assert cluster.names("Pod") == set()  # done, and gone
+        assert len(cluster.names("Pod")) == 4  # they stay, done, for `--logs`
         helm.rollback(RELEASE)
         assert "TEEFUSION_TRAIN__STEPS" not in cluster.things["ConfigMap", "teefusion-settings"]["data"]
         assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) == installed
 
         helm.uninstall(RELEASE)
-        assert {kind for kind, _ in cluster.things} == {"Secret", "PersistentVolumeClaim"}
+        assert {kind for kind, _ in cluster.things} == {"Secret", "PersistentVolumeClaim", "Pod"}
         assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
         assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets
+
+
+def test_notes_name_the_secrets_and_claims_that_are_not_there() -> None:
+    with HelmCluster(NAMESPACE) as cluster:
+        for kind, name in (("ServiceAccount", "default"), ("Secret", "teefusion-s3")):
+            cluster.things[kind, name] = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}}
+        notes = cluster.helm.install(chart(), RELEASE, FILES["minimal"])["notes"]
+    assert "MISSING: Secret teefusion-mlflow, which the values name." in notes
+    assert "MISSING: PersistentVolumeClaim teefusion-work, which the values name." in notes
+    assert "Secret teefusion-s3" not in notes

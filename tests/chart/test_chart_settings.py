@@ -101,10 +101,10 @@ def test_the_runner_may_no_more_than_it_needs(release: Release) -> None:
                    for resource in rule["resources"]}  # fmt: skip
         read = {"get", "list", "watch"}
         assert granted == {
-            ("trainer.kubeflow.org", "trainjobs"): {"create", "patch", "delete"} | read,
-            ("trainer.kubeflow.org", "trainingruntimes"): read,
+            ("trainer.kubeflow.org", "trainjobs"): {"create", "delete"} | read,
+            ("trainer.kubeflow.org", "trainingruntimes"): {"get"},
             ("", "pods"): read,
-            ("", "pods/log"): read,
+            ("", "pods/log"): {"get"},
             ("", "events"): read,
         }
     assert not release.of("ClusterRole")

@@ -6,8 +6,8 @@ import sys
 from kubernetes import client, config
 
 ALLOWED = [
-    ("trainer.kubeflow.org", "trainjobs", "", ("create", "get", "list", "watch", "patch", "delete")),
-    ("trainer.kubeflow.org", "trainingruntimes", "", ("get", "list", "watch")),
+    ("trainer.kubeflow.org", "trainjobs", "", ("create", "get", "list", "watch", "delete")),
+    ("trainer.kubeflow.org", "trainingruntimes", "", ("get",)),
     ("", "pods", "", ("get", "list", "watch")),
     ("", "pods", "log", ("get",)),
     ("", "events", "", ("get", "list", "watch")),

@@ -7,7 +7,8 @@ metadata:
   {{- include "teefusion.metadata" (dict "root" .root "component" "test" "name" (printf "%s-test-%s" (include "teefusion.fullname" .root) .name)) | nindent 2 }}
   annotations:
     helm.sh/hook: test
-    helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+    # Not hook-succeeded: most versions of Helm delete such pods before `--logs` asks for what they said (helm#9098).
+    helm.sh/hook-delete-policy: before-hook-creation
 spec:
   {{- include "teefusion.pod" (dict "root" .root "values" .root.Values.tests "serviceAccount" .account "token" (not (empty .account))) | nindent 2 }}
   restartPolicy: Never
