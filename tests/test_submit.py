@@ -134,7 +134,12 @@ def test_a_schedule_is_replaced_and_leaves_the_revision_to_each_run(server: KfpS
 
 def test_runs_are_listed_with_stage_and_verdict(server: KfpServer) -> None:
     plays = {
-        "RUNNING": {"preflight": "SUCCEEDED", "targets-2": "RUNNING"},
+        "RUNNING": {
+            "preflight": "SUCCEEDED",
+            "targets": "SUCCEEDED",
+            "target-workers": "RUNNING",
+            "targets-2": "RUNNING",
+        },
         "FAILED": {"preflight": "SUCCEEDED", "ingest": "FAILED", "summarize": "SUCCEEDED"},
         "SUCCEEDED": {"evaluate": "SUCCEEDED", "register": "SUCCEEDED", "summarize": "SUCCEEDED"},
     }
