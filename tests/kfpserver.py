@@ -91,9 +91,11 @@ class KfpServer:
         known = getattr(kfp_server_api, model).attribute_map.values()
         items = self.all(kind)
         for predicate in json.loads(unquote(query.get("filter") or "{}")).get("predicates", []):
-            assert predicate["operation"] in (1, "EQUALS")  # as protobuf reads either
-            assert predicate["key"] in known
-            items = [item for item in items if item.get(predicate["key"]) == predicate["stringValue"]]
+            operation, key, value = (predicate[name] for name in ("operation", "key", "stringValue"))
+            assert operation in (1, "EQUALS", "IS_SUBSTRING")  # as protobuf reads either
+            assert key in known
+            part = operation == "IS_SUBSTRING"
+            items = [item for item in items if (value in item.get(key, "") if part else value == item.get(key))]
         if "experiment_id" in query:
             items = [item for item in items if item["experiment_id"] == query["experiment_id"]]
         if query.get("sort_by", "").endswith(" desc"):
