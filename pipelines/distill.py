@@ -24,6 +24,8 @@ def make_pipeline(settings: Settings):  # type: ignore[no-untyped-def]  # kfp's 
     cluster_settings = settings
     workers = _target_workers(settings) if settings.targets.shard_groups > 1 else None
 
+    # preflight and summarize repeat these parameters: kfp reads each signature by itself, an exit task may take no
+    # other task's output, and kfp.local 2.17 breaks off (JSONDecodeError) over parameters inside a dict.
     @dsl.pipeline(name=settings.kfp.pipeline, description=DESCRIPTION)
     def distill(  # type: ignore[no-untyped-def]  # kfp reads a return annotation as an output
         settings: str,
