@@ -55,8 +55,9 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
 
 
 def _for_here(settings: Settings) -> Settings:
-    """kfp.local would honour retries, and their pauses: here somebody waits for the answer. Of a loop it has two tasks
-    at work at most, and begins the others even when it is told to stop.
+    """Without retries, whose pauses kfp.local would honour: here somebody waits for the answer.
+
+    And of a loop no more than the two tasks that it has at work at once: it would begin the others when told to stop.
     """
     cluster = settings.cluster.model_copy(update={"retries": 0, "steps": {}})
     targets = settings.targets.model_copy(update={"shard_groups": min(settings.targets.shard_groups, 2)})
