@@ -53,6 +53,10 @@ def run_preflight(arguments: dict[str, Any], report: str) -> str:
         require_ready(findings)
         Workspace(pinned).start()
         Workspace(settings).refer_to(pinned)
+        if pinned.targets.shard_groups > 1:  # who begin at once would each make a run in MLflow
+            from teefusion.tracking import Tracker
+
+            Tracker.open(pinned).close()
     log.info("   all is there")
     return pinned.to_json()
 

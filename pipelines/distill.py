@@ -22,7 +22,10 @@ DESCRIPTION = "Distil a guided text-to-image teacher into a student of one forwa
 def make_pipeline(settings: Settings):  # type: ignore[no-untyped-def]  # kfp's classes have no types
     """The pipeline for the cluster of these settings: its pods, and how many make targets. The rest are parameters."""
     cluster_settings = settings
+    workers = _target_workers(settings) if settings.targets.shard_groups > 1 else None
 
+    # preflight and summarize repeat these parameters: kfp reads each signature by itself, an exit task may take no
+    # other task's output, and kfp.local 2.17 breaks off (JSONDecodeError) over parameters inside a dict.
     @dsl.pipeline(name=settings.kfp.pipeline, description=DESCRIPTION)
     def distill(  # type: ignore[no-untyped-def]  # kfp reads a return annotation as an output
         settings: str,
@@ -39,23 +42,25 @@ def make_pipeline(settings: Settings):  # type: ignore[no-untyped-def]  # kfp's 
         gate: dict,  # type: ignore[type-arg]
     ):
         given = dict(locals())
-        given.pop("cluster_settings")
+        del given["cluster_settings"], given["workers"]
         summary = place(summarize(**given), "summarize", "Summary", cluster_settings)
         with dsl.ExitHandler(summary, name="Distil"):
             checked = place(preflight(**given), "preflight", "Preflight", cluster_settings)
-            _stages(checked.outputs["Output"], cluster_settings)
+            _stages(checked.outputs["Output"], workers, cluster_settings)
 
     return distill
 
 
-def _stages(run, settings: Settings):  # type: ignore[no-untyped-def]
-    """The five stages of a run, whose settings are the output ``run``."""
+def _stages(run, workers, settings: Settings):  # type: ignore[no-untyped-def]
+    """The five stages of a run, whose settings are the output ``run``; ``workers`` make the targets if there are."""
     prompts = place(ingest(settings=run), "ingest", "Ingest prompts", settings)
-    count = settings.targets.shard_groups
-    names = ["Teacher targets"] if count == 1 else [f"Teacher targets, {k + 1} of {count}" for k in range(count)]
-    # Alike, and without a word to each other: workers share a set by claims, and each ends when all of it is there.
-    workers = [place(targets(settings=run, prompts=prompts.output), "targets", name, settings) for name in names]
-    trained = train(settings=run, prompts=prompts.output, targets=workers[0].output).after(*workers)
+    made = targets(settings=run, prompts=prompts.output)
+    if workers is None:
+        place(made, "targets", "Teacher targets", settings)
+    else:  # it finds all of it there and says where, for which a pod like that of ingest does
+        shared = workers(settings=run, prompts=prompts.output).set_display_name("Teacher targets")
+        place(made, "ingest", "Target set", settings).after(shared)
+    trained = train(settings=run, prompts=prompts.output, targets=made.output)
     student = place(trained, "train", "Train student", settings).outputs["Output"]
     compared = evaluate(settings=run, prompts=prompts.output, student=student)
     place(compared, "evaluate", "Evaluate and gate", settings)
@@ -63,3 +68,19 @@ def _stages(run, settings: Settings):  # type: ignore[no-untyped-def]
     with dsl.If(compared.outputs["Output"] == True, name="Gate passed"):  # noqa: E712  # kfp overloads ==
         registered = register(settings=run, student=student, evaluation=compared.outputs["evaluation"])
         place(registered, "register", "Register challenger", settings)
+
+
+def _target_workers(settings: Settings):  # type: ignore[no-untyped-def]
+    """Alike tasks without a word to each other: workers share a set by claims, and each ends when all of it is there.
+
+    A pipeline of its own, as kfp.local 2.17 gives a loop its item in place of every output of a task before it
+    (``create_parameter_loop_iteration_task_spec``), and leaves parameters alone.
+    """
+    cluster_settings, options = settings, settings.targets
+
+    @dsl.pipeline(name="target-workers")
+    def target_workers(settings: str, prompts: str):  # type: ignore[no-untyped-def]
+        with dsl.ParallelFor(list(range(options.shard_groups)), name="Workers", parallelism=options.parallel_groups):
+            place(targets(settings=settings, prompts=prompts), "targets", "Worker", cluster_settings)
+
+    return target_workers

@@ -40,7 +40,7 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     log = workspace.run / "pipeline.log"
     try:
         with _output_to(log), _stoppable():
-            make_pipeline(_without_retries(settings))(**arguments_of(settings))
+            make_pipeline(_for_here(settings))(**arguments_of(settings))
     except (KeyboardInterrupt, SystemExit):
         summarize(settings, error="the run was stopped", outcome="cancelled")
         raise
@@ -54,10 +54,14 @@ def run(settings: Settings) -> dict:  # type: ignore[type-arg]
     return summary
 
 
-def _without_retries(settings: Settings) -> Settings:
-    """kfp.local would honour them, and their pauses: here somebody waits for the answer."""
+def _for_here(settings: Settings) -> Settings:
+    """Without retries, whose pauses kfp.local would honour: here somebody waits for the answer.
+
+    And of a loop no more than the two tasks that it has at work at once: it would begin the others when told to stop.
+    """
     cluster = settings.cluster.model_copy(update={"retries": 0, "steps": {}})
-    return settings.model_copy(update={"cluster": cluster})
+    targets = settings.targets.model_copy(update={"shard_groups": min(settings.targets.shard_groups, 2)})
+    return settings.model_copy(update={"cluster": cluster, "targets": targets})
 
 
 @contextlib.contextmanager

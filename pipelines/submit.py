@@ -1,7 +1,8 @@
-"""Submit runs to Kubeflow Pipelines, follow them, repeat them, list them."""
+"""Publish the pipeline on Kubeflow Pipelines, submit runs of it, follow them, repeat them, list them."""
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -49,6 +50,11 @@ class Plan:
     text: str
     """IR YAML of the version."""
 
+    @property
+    def upload(self) -> str:
+        """Name of the version when it is uploaded: its own, and a digest that tells other defaults apart."""
+        return f"{self.version}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the YAML."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "text"}
@@ -87,6 +93,15 @@ class Kubeflow:
             _require_answer(host)
         with _errors("connect"):
             self._client = Client(host=options.host, ui_host=options.ui_host)
+
+    def publish(self, wanted: Plan) -> dict[str, Any]:
+        """Upload the version with these very defaults, which Kubeflow's form then shows, or find it there."""
+        with _errors(f"publish the pipeline {wanted.pipeline}"):
+            pipeline = self._pipeline(wanted)
+            found = self._found(pipeline, _equals(wanted.upload))
+            version = found or self._upload(pipeline, wanted)
+        url = self._url("pipelines", f"{pipeline}/version/{version}")
+        return {"version_id": version, "url": url, "uploaded": found is None}
 
     def submit(self, wanted: Plan) -> dict[str, Any]:
         """Create the run, or find it at work; returns its id and URL, and whether it was found."""
@@ -166,24 +181,30 @@ class Kubeflow:
         return next((run for run in found.runs or [] if run.state not in _ENDED), None)
 
     def _version(self, wanted: Plan) -> tuple[str, str]:
-        """Ids of the pipeline and of its version with this content, which is uploaded if it is new."""
+        """Ids of the pipeline and of its version, with whatever defaults; uploaded if it is new."""
+        pipeline = self._pipeline(wanted)
+        return pipeline, self._found(pipeline, _named("IS_SUBSTRING", wanted.version)) or self._upload(pipeline, wanted)
+
+    def _pipeline(self, wanted: Plan) -> str:
         found = self._client.list_pipelines(filter=_equals(wanted.pipeline), namespace=self.options.namespace)
         if found.pipelines:
-            pipeline = found.pipelines[0].pipeline_id
-        else:
-            new = kfp_server_api.V2beta1Pipeline(
-                display_name=wanted.pipeline, description=DESCRIPTION, namespace=self.options.namespace
-            )
-            pipeline = self._client.pipelines.pipeline_service_create_pipeline(new).pipeline_id
-        versions = self._client.list_pipeline_versions(pipeline, filter=_equals(wanted.version))
-        if versions.pipeline_versions:
-            return pipeline, versions.pipeline_versions[0].pipeline_version_id
+            return str(found.pipelines[0].pipeline_id)
+        new = kfp_server_api.V2beta1Pipeline(
+            display_name=wanted.pipeline, description=DESCRIPTION, namespace=self.options.namespace
+        )
+        return str(self._client.pipelines.pipeline_service_create_pipeline(new).pipeline_id)
+
+    def _found(self, pipeline: str, named: str) -> str | None:
+        versions = self._client.list_pipeline_versions(pipeline, filter=named).pipeline_versions
+        return str(versions[0].pipeline_version_id) if versions else None
+
+    def _upload(self, pipeline: str, wanted: Plan) -> str:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "pipeline.yaml"
             file.write_text(wanted.text)
-            made = self._client.upload_pipeline_version(str(file), wanted.version, pipeline_id=pipeline)
-        log.info("version %s of pipeline %s uploaded", wanted.version, wanted.pipeline)
-        return pipeline, made.pipeline_version_id
+            made = self._client.upload_pipeline_version(str(file), wanted.upload, pipeline_id=pipeline)
+        log.info("version %s of pipeline %s uploaded", wanted.upload, wanted.pipeline)
+        return str(made.pipeline_version_id)
 
     def _url(self, what: str, identity: str) -> str:
         return f"{self._client._get_url_prefix()}/#/{what}/details/{identity}"
@@ -236,7 +257,11 @@ def _verdict(state: str, steps: dict[str, str]) -> str | None:
 
 
 def _equals(name: str) -> str:
-    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+    return _named("EQUALS", name)
+
+
+def _named(operation: str, name: str) -> str:
+    return json.dumps({"predicates": [{"operation": operation, "key": "display_name", "stringValue": name}]})
 
 
 def _require_answer(host: str) -> None:

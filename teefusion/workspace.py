@@ -82,11 +82,12 @@ class Workspace:
         return self.root / "models"
 
     def stage(self, name: StageName, output: Path | str, work: Work) -> StageResult:
-        """Do a stage's work, time it, and record it."""
+        """Do a stage's work, time it, and record it; of alike steps of a run, the one that made something is told."""
         started = time.monotonic()
         details, reused = work()
         result = StageResult(name, str(output), reused, time.monotonic() - started, details)
-        write_json(self._record(name), result.to_dict())
+        if not (reused and self.records().get(name, {}).get("output") == result.output):
+            write_json(self._record(name), result.to_dict())
         return result
 
     def start(self) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+from tests.doubles import Double, Handler
 
 NAMESPACE = "team"
 _JOBS = rf"/apis/trainer\.kubeflow\.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
@@ -25,7 +23,7 @@ _CORE = rf"/api/v1/namespaces/{NAMESPACE}"
 Play = Callable[["ApiServer", str], None]
 
 
-class ApiServer:
+class ApiServer(Double):
     """``with ApiServer() as server``: then a client of ``server.url`` finds one namespace and no jobs."""
 
     def __init__(self) -> None:
@@ -44,16 +42,7 @@ class ApiServer:
         self.plays: list[Play] = []  # of the next jobs made
         self.requests: list[tuple[str, str]] = []
         self._version, self._changed = 1, threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> ApiServer:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
     def count(self, method: str, path: str) -> int:
         """Requests so far with this method whose path and query match."""
@@ -220,138 +209,113 @@ class ApiServer:
             if over:
                 return
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(Handler):
+    double: ApiServer
 
-            def do_GET(self) -> None:
-                server.requests.append((self.command, self.path))
-                url = urlsplit(self.path)
-                query = {key: values[0] for key, values in parse_qs(url.query).items()}
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if server.busy:
-                    server.busy -= 1
-                    self._answer(503, _status(503, "ServiceUnavailable", "the apiserver is starting"))
-                    return
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self._route(url.path, query, body)
+    def respond(self) -> None:
+        self.double.requests.append((self.command, self.path))
+        path, query, body = self.read()
+        if self.double.busy:
+            self.double.busy -= 1
+            self.answer(503, _status(503, "ServiceUnavailable", "the apiserver is starting"))
+            return
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._route(path, query, body)
 
-            do_POST = do_DELETE = do_GET
+    def _route(self, path: str, query: dict[str, str], body: bytes) -> None:
+        if "trainer.kubeflow.org" in path and not self.double.installed:
+            self.answer(404, "404 page not found")
+        elif path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+            self.answer(201, self.double.review(json.loads(body)))
+        elif refusal := self._forbidden(path, query):
+            self.answer(403, refusal)
+        elif match := re.fullmatch(rf"{_JOBS}(?:/(.+))?", path):
+            self._jobs(match[1], query, body)
+        elif match := re.fullmatch(r".*/(?:cluster)?trainingruntimes/(.+)", path):
+            known = match[1] in self.double.runtimes
+            self.answer(200 if known else 404, {} if known else _status(404, "NotFound", "", name=match[1]))
+        elif match := re.fullmatch(rf"{_CORE}/pods/([^/]+)/log", path):
+            self._log(match[1], query)
+        elif match := re.fullmatch(rf"{_CORE}/pods/([^/]+)", path):
+            self.answer(200, self.double.pods[match[1]])
+        elif path == f"{_CORE}/pods":
+            key, _, value = query["labelSelector"].partition("=")
+            chosen = [pod for pod in self.double.pods.values() if pod["metadata"]["labels"].get(key) == value]
+            self.answer(200, {"items": chosen})
+        elif path == f"{_CORE}/events":
+            self.answer(200, {"items": self.double.events})
+        else:
+            self.answer(404, _status(404, "NotFound", f"no namespace for {path}", kind="namespaces"))
 
-            def _route(self, path: str, query: dict[str, str], body: bytes) -> None:
-                if "trainer.kubeflow.org" in path and not server.installed:
-                    self._answer(404, "404 page not found")
-                elif path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
-                    self._answer(201, server.review(json.loads(body)))
-                elif refusal := self._forbidden(path, query):
-                    self._answer(403, refusal)
-                elif match := re.fullmatch(rf"{_JOBS}(?:/(.+))?", path):
-                    self._jobs(match[1], query, body)
-                elif match := re.fullmatch(r".*/(?:cluster)?trainingruntimes/(.+)", path):
-                    known = match[1] in server.runtimes
-                    self._answer(200 if known else 404, {} if known else _status(404, "NotFound", "", name=match[1]))
-                elif match := re.fullmatch(rf"{_CORE}/pods/([^/]+)/log", path):
-                    self._log(match[1], query)
-                elif match := re.fullmatch(rf"{_CORE}/pods/([^/]+)", path):
-                    self._answer(200, server.pods[match[1]])
-                elif path == f"{_CORE}/pods":
-                    key, _, value = query["labelSelector"].partition("=")
-                    chosen = [pod for pod in server.pods.values() if pod["metadata"]["labels"].get(key) == value]
-                    self._answer(200, {"items": chosen})
-                elif path == f"{_CORE}/events":
-                    self._answer(200, {"items": server.events})
-                else:
-                    self._answer(404, _status(404, "NotFound", f"no namespace for {path}", kind="namespaces"))
+    def _jobs(self, name: str | None, query: dict[str, str], body: bytes) -> None:
+        if self.command == "POST":
+            status, answer = self.double.create(json.loads(body))
+            if self.double.lost_answers:
+                self.double.lost_answers -= 1
+                self.reset()
+                return
+            self.answer(status, answer)
+        elif self.command == "DELETE":
+            self.answer(*self.double.delete(name or "", query))
+        elif query.get("watch"):
+            self._watch(query)
+        else:
+            self.answer(200, self.double.listed(query))
 
-            def _jobs(self, name: str | None, query: dict[str, str], body: bytes) -> None:
-                if self.command == "POST":
-                    status, answer = server.create(json.loads(body))
-                    if server.lost_answers:
-                        server.lost_answers -= 1
-                        self._reset()
-                        return
-                    self._answer(status, answer)
-                elif self.command == "DELETE":
-                    self._answer(*server.delete(name or "", query))
-                elif query.get("watch"):
-                    self._watch(query)
-                else:
-                    self._answer(200, server.listed(query))
+    def _watch(self, query: dict[str, str]) -> None:
+        fate = self.double.watch_fates.pop(0) if self.double.watch_fates else ""
+        gone = _status(410, "Expired", "too old resource version: 1 (2)")
+        if fate == "refused":
+            self.answer(410, gone)
+            return
+        self._begin()
+        if fate == "gone":
+            self._chunk(json.dumps({"type": "ERROR", "object": gone}) + "\n")
+        elif fate == "drop":
+            self._chunk('{"type": "MODIFIED", "obj')
+            self.reset()
+            return
+        else:
+            for event in self.double.changes(query):
+                self._chunk(json.dumps(event) + "\n")
+        self._chunk("")
 
-            def _watch(self, query: dict[str, str]) -> None:
-                fate = server.watch_fates.pop(0) if server.watch_fates else ""
-                gone = _status(410, "Expired", "too old resource version: 1 (2)")
-                if fate == "refused":
-                    self._answer(410, gone)
-                    return
-                self._begin()
-                if fate == "gone":
-                    self._chunk(json.dumps({"type": "ERROR", "object": gone}) + "\n")
-                elif fate == "drop":
-                    self._chunk('{"type": "MODIFIED", "obj')
-                    self._reset()
-                    return
-                else:
-                    for event in server.changes(query):
-                        self._chunk(json.dumps(event) + "\n")
-                self._chunk("")
+    def _log(self, pod: str, query: dict[str, str]) -> None:
+        if pod not in self.double.logs:
+            self.answer(404, _status(404, "NotFound", f'pods "{pod}" not found'))
+        elif not query.get("follow"):
+            lines = [line for _, line in self.double.logs[pod]][-int(query["tailLines"]) :]
+            self.answer(200, "\n".join(lines) + "\n")
+        else:
+            self._begin()
+            try:
+                for line in self.double.log(pod, query):
+                    self._chunk(line)
+            except ConnectionResetError:
+                self.reset()
+                return
+            self._chunk("")
 
-            def _log(self, pod: str, query: dict[str, str]) -> None:
-                if pod not in server.logs:
-                    self._answer(404, _status(404, "NotFound", f'pods "{pod}" not found'))
-                elif not query.get("follow"):
-                    lines = [line for _, line in server.logs[pod]][-int(query["tailLines"]) :]
-                    self._answer(200, "\n".join(lines) + "\n")
-                else:
-                    self._begin()
-                    try:
-                        for line in server.log(pod, query):
-                            self._chunk(line)
-                    except ConnectionResetError:
-                        self._reset()
-                        return
-                    self._chunk("")
+    def _forbidden(self, path: str, query: dict[str, str]) -> dict[str, Any] | None:
+        parts = path.split("/namespaces/")[-1].split("/")[1:]
+        resource = "pods/log" if parts[-1:] == ["log"] else parts[0] if parts else ""
+        verb = {"POST": "create", "DELETE": "delete"}.get(self.command, "get" if parts[1:] else "list")
+        if (verb, resource) not in self.double.forbidden:
+            return None
+        user = f'User "system:serviceaccount:{NAMESPACE}:pipeline-runner"'
+        told = f'{resource} is forbidden: {user} cannot {verb} resource "{resource}" in the namespace'
+        return _status(403, "Forbidden", told)
 
-            def _forbidden(self, path: str, query: dict[str, str]) -> dict[str, Any] | None:
-                parts = path.split("/namespaces/")[-1].split("/")[1:]
-                resource = "pods/log" if parts[-1:] == ["log"] else parts[0] if parts else ""
-                verb = {"POST": "create", "DELETE": "delete"}.get(self.command, "get" if parts[1:] else "list")
-                if (verb, resource) not in server.forbidden:
-                    return None
-                user = f'User "system:serviceaccount:{NAMESPACE}:pipeline-runner"'
-                told = f'{resource} is forbidden: {user} cannot {verb} resource "{resource}" in the namespace'
-                return _status(403, "Forbidden", told)
+    def _begin(self) -> None:
+        self.send_response_only(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
 
-            def _begin(self) -> None:
-                self.send_response_only(200)
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
-
-            def _chunk(self, text: str) -> None:
-                data = text.encode()
-                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                self.wfile.flush()
-
-            def _answer(self, status: int, value: Any) -> None:
-                data = (value if isinstance(value, str) else json.dumps(value)).encode()
-                self.send_response_only(status)
-                self.send_header("Content-Type", "text/plain" if isinstance(value, str) else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def _reset(self) -> None:
-                self.wfile.flush()
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-                self.connection.close()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def _chunk(self, text: str) -> None:
+        data = text.encode()
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
 
 
 def _status(code: int, reason: str, message: str, **details: str) -> dict[str, Any]:

@@ -13,6 +13,10 @@ import pytest
 
 from teefusion.settings import Settings, load_settings
 
+# Rules that students of a few steps meet.
+LENIENT_GATE = {"gate.margin": 0.99, "gate.style_margin": 0.99, "gate.max_guidance_residual": 1000}
+LENIENT_GATE |= {"gate.min_speedup": 0, "gate.min_diversity": 0}
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
 import kfp_server_api
 import yaml
+
+from tests.doubles import Double, Handler
 
 Json = dict[str, Any]
 _KINDS = {
@@ -28,7 +28,7 @@ _KINDS = {
 _LISTS = {"versions": "pipeline_versions", "recurringruns": "recurringRuns"}
 
 
-class KfpServer:
+class KfpServer(Double):
     """``with KfpServer() as server``: then a client of ``server.url`` finds nothing, and may make everything."""
 
     def __init__(self) -> None:
@@ -38,16 +38,7 @@ class KfpServer:
         self.busy = 0  # so many requests are answered 503 first
         self.plays: list[list[tuple[str, dict[str, str]]]] = []  # of the next runs: (state, steps) by look
         self.requests: list[tuple[str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> KfpServer:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
     def all(self, kind: str) -> list[Json]:
         """What there is of a kind, oldest first."""
@@ -91,9 +82,11 @@ class KfpServer:
         known = getattr(kfp_server_api, model).attribute_map.values()
         items = self.all(kind)
         for predicate in json.loads(unquote(query.get("filter") or "{}")).get("predicates", []):
-            assert predicate["operation"] in (1, "EQUALS")  # as protobuf reads either
-            assert predicate["key"] in known
-            items = [item for item in items if item.get(predicate["key"]) == predicate["stringValue"]]
+            operation, key, value = (predicate[name] for name in ("operation", "key", "stringValue"))
+            assert operation in (1, "EQUALS", "IS_SUBSTRING")  # as protobuf reads either
+            assert key in known
+            part = operation == "IS_SUBSTRING"
+            items = [item for item in items if (value in item.get(key, "") if part else value == item.get(key))]
         if "experiment_id" in query:
             items = [item for item in items if item["experiment_id"] == query["experiment_id"]]
         if query.get("sort_by", "").endswith(" desc"):
@@ -115,50 +108,31 @@ class KfpServer:
         spec = next(yaml.safe_load_all(self.packages[-1]))
         assert given.keys() == spec["root"]["inputDefinitions"]["parameters"].keys()
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(Handler):
+    double: KfpServer
 
-            def do_GET(self) -> None:
-                url = urlsplit(self.path)
-                query = {key: values[0] for key, values in parse_qs(url.query).items()}
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                server.requests.append((self.command, url.path))
-                if server.busy and self.command == "GET" and "/runs/" in url.path:
-                    server.busy -= 1
-                    self._answer(503, {"message": "the API server is starting"})
-                else:
-                    self._answer(*self._route(url.path.removeprefix("/apis/v2beta1/"), query, body))
+    def respond(self) -> None:
+        path, query, body = self.read()
+        self.double.requests.append((self.command, path))
+        if self.double.busy and self.command == "GET" and "/runs/" in path:
+            self.double.busy -= 1
+            self.answer(503, {"message": "the API server is starting"})
+        else:
+            self.answer(*self._route(path.removeprefix("/apis/v2beta1/"), query, body))
 
-            do_POST = do_DELETE = do_GET
-
-            def _route(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, Json]:
-                if path == "healthz":
-                    return 200, {"multi_user": False}
-                if path == "pipelines/upload_version":
-                    return server.upload(query, self.headers["Content-Type"], body)
-                path = re.sub(r"^pipelines/[^/]+/versions$", "versions", path)
-                kind, _, identity = path.partition("/")
-                if self.command == "DELETE":
-                    return 200, server.kept[kind].pop(identity) and {}
-                if self.command == "POST":
-                    return server.make(kind, json.loads(body))
-                return server.look(kind, identity) if identity else server.listed(kind, query)
-
-            def _answer(self, status: int, value: Json) -> None:
-                data = json.dumps(value).encode()
-                self.send_response_only(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def _route(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, Json]:
+        if path == "healthz":
+            return 200, {"multi_user": False}
+        if path == "pipelines/upload_version":
+            return self.double.upload(query, self.headers["Content-Type"], body)
+        path = re.sub(r"^pipelines/[^/]+/versions$", "versions", path)
+        kind, _, identity = path.partition("/")
+        if self.command == "DELETE":
+            return 200, self.double.kept[kind].pop(identity) and {}
+        if self.command == "POST":
+            return self.double.make(kind, json.loads(body))
+        return self.double.look(kind, identity) if identity else self.double.listed(kind, query)
 
 
 def _differs(body: Json, model: str) -> str:

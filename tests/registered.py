@@ -27,15 +27,27 @@ def add_version(client: Any, folder: Path, name: str = "m", *, digest: str | Non
     return student
 
 
+def _raise_killed(method: str) -> None:
+    raise Killed(method)
+
+
 class MortalClient:
-    """An MLflow client that is killed before its ``dies_at``-th call.
+    """An MLflow client that is killed before its ``dies_at``-th call, by ``die``.
 
     A share ``loses`` of its answers is lost, and before as many calls it dawdles while others overtake it. ``before``
     is called with each method's name first.
     """
 
-    def __init__(self, client: Any, *, dies_at: int | None = None, loses: float = 0.0, seed: int = 0) -> None:
-        self._client, self.dies_at, self._loses = client, dies_at, loses
+    def __init__(
+        self,
+        client: Any,
+        *,
+        dies_at: int | None = None,
+        die: Callable[[str], None] = _raise_killed,
+        loses: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._client, self.dies_at, self._die, self._loses = client, dies_at, die, loses
         self._random = random.Random(seed)
         self.before: Callable[[str], None] = lambda method: None
         self.calls: list[str] = []
@@ -47,7 +59,7 @@ class MortalClient:
 
         def call(*arguments: Any, **options: Any) -> Any:
             if self.dies_at is not None and len(self.calls) >= self.dies_at:
-                raise Killed(method)
+                self._die(method)
             self.before(method)
             self.calls.append(method)
             if method == "create_model_version":

@@ -6,13 +6,13 @@ import contextlib
 import http.client
 import random
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.doubles import Double, Handler
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "teefusion"
@@ -50,7 +50,7 @@ def _await_port(port: int) -> None:
     raise TimeoutError(f"nothing listens on {port}")
 
 
-class FaultProxy:
+class FaultProxy(Double):
     """Forwards HTTP to ``upstream``: some requests are answered 500 or 503, some connections are reset half-way.
 
     A reset comes before the request reaches the server, after it but before the answer, or within the answer's body:
@@ -62,16 +62,7 @@ class FaultProxy:
         self.errors, self.resets, self.latency_s = errors, resets, latency_s
         self.requests = self.refused = self.broken = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> FaultProxy:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Forwarder)
 
     def fate(self) -> str:
         """What becomes of the next request."""
@@ -86,67 +77,51 @@ class FaultProxy:
                 return ("reset before", "reset after", "reset within")[kind]
         return "forward"
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Forwarder(Handler):
+    double: FaultProxy
 
-            def do_GET(self) -> None:
-                body, fate = self._body(), proxy.fate()
-                time.sleep(proxy.latency_s)
-                if fate in ("500", "503"):
-                    self._answer(int(fate), {}, b"")
-                elif fate == "reset before":
-                    self._reset()
-                else:
-                    self._forward(body, fate)
+    def respond(self) -> None:
+        body, fate = self._body(), self.double.fate()
+        time.sleep(self.double.latency_s)
+        if fate in ("500", "503"):
+            self._answer(int(fate), {}, b"")
+        elif fate == "reset before":
+            self.reset()
+        else:
+            self._forward(body, fate)
 
-            do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
+    def _forward(self, body: bytes, fate: str) -> None:
+        connection = http.client.HTTPConnection(self.double.upstream, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
+        connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if fate == "reset after":
+            self.reset()
+            return
+        self._answer(answer.status, dict(answer.getheaders()), data, half=fate == "reset within")
 
-            def _forward(self, body: bytes, fate: str) -> None:
-                connection = http.client.HTTPConnection(proxy.upstream, timeout=60)
-                headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
-                connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-                answer = connection.getresponse()
-                data = answer.read()
-                connection.close()
-                if fate == "reset after":
-                    self._reset()
-                    return
-                self._answer(answer.status, dict(answer.getheaders()), data, half=fate == "reset within")
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, *, half: bool = False) -> None:
+        self.send_response_only(status)
+        hidden = ("transfer-encoding", "connection", "content-length")
+        for name, value in headers.items():
+            if name.lower() not in hidden:
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if half else data)
+        if half:
+            self.reset()
 
-            def _answer(self, status: int, headers: dict[str, str], data: bytes, *, half: bool = False) -> None:
-                self.send_response_only(status)
-                hidden = ("transfer-encoding", "connection", "content-length")
-                for name, value in headers.items():
-                    if name.lower() not in hidden:
-                        self.send_header(name, value)
-                length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
-                self.send_header("Content-Length", length)
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if half else data)
-                if half:
-                    self._reset()
-
-            def _body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                parts = []
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    parts.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                return b"".join(parts)
-
-            def _reset(self) -> None:
-                """Close with RST: lingering for no time drops what is unsent."""
-                self.wfile.flush()
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-                self.connection.close()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)

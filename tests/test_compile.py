@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -196,13 +197,24 @@ def test_a_step_that_starts_a_trainjob_waits_on_a_small_machine() -> None:
     assert container(spec, "targets")["resources"]["accelerator"]["resourceCount"] == "8"
 
 
-def test_targets_fan_out_and_training_waits_for_all_of_them() -> None:
-    spec, _ = compiled({"targets.shard_groups": 3})
+def test_targets_fan_out_with_a_limit_and_training_waits_for_all_of_them() -> None:
+    spec, platform = compiled({"targets.shard_groups": 3, "targets.parallel_groups": 2})
     found = tasks(spec)
-    assert [found[name]["taskInfo"]["name"] for name in ("targets", "targets-2", "targets-3")] == [
-        f"Teacher targets, {k} of 3" for k in (1, 2, 3)
-    ]
-    assert {"targets", "targets-2", "targets-3"} <= set(found["train"]["dependentTasks"])
+    (loop,) = [task for task in found.values() if "parameterIterator" in task]
+    assert json.loads(loop["parameterIterator"]["items"]["raw"]) == [0, 1, 2]
+    assert loop["iteratorPolicy"] == {"parallelismLimit": 2}
+    (worker,) = spec["components"][loop["componentRef"]["name"]]["dag"]["tasks"].values()
+    assert worker["retryPolicy"]["maxRetryCount"] == 3
+    one = spec["components"][worker["componentRef"]["name"]]["executorLabel"].removeprefix("exec-")
+    assert container(spec, one)["resources"]["accelerator"]["resourceCount"] == "8"
+    assert container(spec, one)["image"] == CLUSTER["cluster.image"]
+    alone, placed = compiled()
+    assert platform[f"exec-{one}"] == placed["exec-targets"]
+    stages = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert {"target-workers", "ingest"} <= set(stages["targets"]["dependentTasks"])
+    assert "targets" in stages["train"]["dependentTasks"]
+    assert container(spec, "targets")["image"] == CLUSTER["cluster.small_image"]
+    assert not any("parameterIterator" in task for task in tasks(alone).values())
 
 
 def test_arguments_are_read_again_as_the_settings_they_were_made_of() -> None:

@@ -15,6 +15,7 @@ from teefusion.cluster import Cluster
 from teefusion.components.evaluate import evaluate
 from teefusion.components.ingest import ingest
 from teefusion.components.preflight import preflight
+from teefusion.components.register import register
 from teefusion.components.runtime import run_stage, run_summary
 from teefusion.components.summarize import summarize
 from teefusion.components.targets import targets
@@ -28,6 +29,7 @@ from teefusion.stages.summary import outcome_of
 from teefusion.trainjobs import trainjob_name
 from teefusion.workspace import Workspace
 from tests.apiserver import NAMESPACE, ApiServer
+from tests.conftest import LENIENT_GATE
 
 Make = Callable[..., Settings]
 
@@ -52,8 +54,11 @@ class Artifact:
         self.metrics[name] = value
 
 
-def test_components_hand_on_settings_and_folders_and_leave_artifacts(make_settings: Make, tmp_path: Path) -> None:
-    settings = make_settings({"gate.max_guidance_residual": 1e-6})
+@pytest.mark.parametrize("outcome", ["rejected", "registered"])
+def test_components_hand_on_settings_and_folders_and_leave_artifacts(
+    make_settings: Make, tmp_path: Path, outcome: str
+) -> None:
+    settings = make_settings({"gate.max_guidance_residual": 1e-6} if outcome == "rejected" else LENIENT_GATE)
     arguments = arguments_of(settings)
     findings, metrics = Artifact(tmp_path / "findings.md"), Artifact(tmp_path / "metrics")
     told = preflight.python_func(**arguments, findings=findings)
@@ -65,14 +70,16 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(make_settin
     assert metrics.metrics.keys() == {"guidance_residual"}
     report, verdict, scores = (Artifact(tmp_path / name) for name in ("report.html", "verdict.md", "scores"))
     passed = evaluate.python_func(told, prompts, student, str(tmp_path / "out" / "evaluation"), report, verdict, scores)
-    assert passed is False
-    folder = Path((tmp_path / "out" / "evaluation").read_text())
-    assert Path(report.path).read_bytes() == (folder / "report.html").read_bytes()
-    assert Path(verdict.path).read_text().startswith("## Gate NOT passed\n\n- ")
+    assert passed is (outcome == "registered")
+    folder = (tmp_path / "out" / "evaluation").read_text()
+    assert Path(report.path).read_bytes() == (Path(folder) / "report.html").read_bytes()
+    assert Path(verdict.path).read_text().startswith("## Gate passed" if passed else "## Gate NOT passed\n\n- ")
     assert scores.metrics.keys() == {"score_teacher", "score_student", "nfe_teacher", "nfe_student"}
+    if passed:
+        assert register.python_func(told, student, folder) == f"{settings.model_name}/1"
     summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""))
     summary = read_json(settings.workdir / "summary.json")
-    assert (summary["outcome"], summary["error"]) == ("rejected", None)
+    assert (summary["outcome"], summary["error"]) == (outcome, None)
 
 
 def test_the_exit_handler_finds_the_run_that_preflight_pinned(make_settings: Make, tmp_path: Path) -> None:

@@ -1,33 +1,25 @@
-"""What is installed, from what, and what the repository may hold: wheel, pins, Dockerfile, tracked files."""
+"""What importing takes, what is installed and pinned, and what the repository may hold."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
 import importlib.metadata
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+from tests.repository import PROJECT, ROOT, SOURCES, files
+
 # What `import teefusion` and `teefusion --help` must not wait for, nor need.
 HEAVY = {"torch", "kfp", "diffusers", "transformers", "accelerate", "deepspeed", "mlflow", "boto3", "pyarrow"}
-# Where packages of ours lie, and the names they install under.
-SOURCES = {"teefusion": "teefusion", "components": "teefusion/components", "pipelines": "teefusion/pipelines"}
 # What torch brings by itself in builds that are not for CPU; torch pins it.
 CUDA_PACKAGES = ("nvidia-*", "cuda-*", "triton")
 
@@ -150,120 +142,21 @@ def test_constraints_are_complete_and_are_what_is_installed() -> None:
     assert differing == {}, "installed and pinned versions differ; run `make install-dev`, or pin what is missing"
 
 
-# --- Dockerfile ------------------------------------------------------------------------------------------------------
-
-
-def _instructions() -> list[tuple[str, str]]:
-    """The Dockerfile as (INSTRUCTION, arguments), comments gone and continued lines joined."""
-    text = "\n".join(
-        line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")
-    )
-    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
-    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in lines if line]
-
-
-def _stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions of each stage by its name, the FROM line first."""
-    stages: dict[str, list[tuple[str, str]]] = {}
-    for instruction, arguments in _instructions():
-        if instruction == "FROM":
-            current = stages.setdefault(arguments.split()[-1], [])
-        if stages:
-            current.append((instruction, arguments))
-    return stages
-
-
-def test_dockerfile_copies_only_what_exists_and_enters_the_context() -> None:
-    copied = {
-        source.removeprefix("./").rstrip("/")
-        for instruction, arguments in _instructions()
-        if instruction in {"COPY", "ADD"} and "--from=" not in arguments
-        for source in arguments.split()[:-1]
-        if not source.startswith("--")
-    }
-    assert copied
-    assert [source for source in sorted(copied) if not (ROOT / source).exists()] == []
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert copied == allowed
-
-
-def test_dockerfile_ends_each_running_stage_as_a_numeric_user() -> None:
-    for stage in ("pipeline", "train", "serve"):
-        users = [arguments for instruction, arguments in _stages()[stage] if instruction == "USER"]
-        assert users[-1] == "1000:1000", stage
-
-
-def test_dockerfile_gives_its_user_the_folder_it_starts_in() -> None:
-    base = _stages()["base"]
-    (made,) = (re.search(r"useradd --uid 1000 .*--create-home (\w+)", text) for kind, text in base if kind == "RUN")
-    assert made is not None
-    assert ("WORKDIR", f"/home/{made[1]}") in base
-    everything_else = [stage for name, stage in _stages().items() if name not in ("build", "base")]
-    assert not [text for stage in everything_else for kind, text in stage if kind in ("WORKDIR", "VOLUME", "COPY")]
-
-
-def test_dockerfile_has_the_stages_that_the_chart_and_the_pipeline_name() -> None:
-    templates = [path.read_text() for path in (ROOT / "charts" / "teefusion" / "templates").rglob("*.*")]
-    named = {stage for text in templates for stage in re.findall(r'"stage" "(\w+)"', text)}
-    assert named == {"pipeline", "train", "serve"} <= _stages().keys()
-
-
-def test_dockerfile_pins_its_base_image() -> None:
-    stages = _stages()
-    defaults = dict(arguments.split("=", 1) for instruction, arguments in _instructions() if instruction == "ARG")
-    for stage, instructions in stages.items():
-        base = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], instructions[0][1].split()[0])
-        if base not in stages:
-            assert re.search(r":\d+\.\d+\.\d+-[\w-]+(@sha256:[0-9a-f]{64})?$", base), f"{stage}: {base}"
-    assert ":latest" not in (ROOT / "Dockerfile").read_text()
-
-
-def test_dockerfile_installs_under_the_constraints_and_by_known_extras() -> None:
-    installs = [
-        command.strip()
-        for instruction, arguments in _instructions()
-        if instruction == "RUN"
-        for command in arguments.split("&&")
-        if "pip install" in command
-    ]
-    assert installs
-    assert [command for command in installs if "constraints.txt" not in command] == []
-    extras = {
-        name for command in installs for group in re.findall(r"\[([a-z,]+)\]", command) for name in group.split(",")
-    }
-    assert (
-        {"pipeline", "steps", "train", "serve", "lora", "deepspeed"}
-        == extras
-        <= PROJECT["project"]["optional-dependencies"].keys()
-    )
-
-
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def files() -> list[Path]:
-    """Files of the repository: tracked, or new and not ignored. Relative to the root."""
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    command = [git, "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sorted({Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()})
-
-
-def test_only_the_bundled_weights_are_large(files: list[Path]) -> None:
-    large = [path for path in files if (ROOT / path).stat().st_size > 1_000_000]
+def test_only_the_bundled_weights_are_large() -> None:
+    large = [path for path in files() if (ROOT / path).stat().st_size > 1_000_000]
     weights = [path for path in large if path.suffix == ".safetensors" and path.parts[:2] == ("teefusion", "shapes")]
     assert large == weights
-    bundled = [path for path in files if path.parts[:2] == ("teefusion", "shapes")]
+    bundled = [path for path in files() if path.parts[:2] == ("teefusion", "shapes")]
     assert sum((ROOT / path).stat().st_size for path in bundled) <= 20_000_000  # 15 MB of it the teacher
 
 
-def test_no_file_names_a_folder_of_the_machine_it_was_written_on(files: list[Path]) -> None:
+def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     machine_path = re.compile(r"(?<![\w.\-/}*])/(?:work|root)/\w")
     found = []
-    for path in files:
+    for path in files():
         try:
             text = (ROOT / path).read_text()
         except UnicodeDecodeError:
@@ -272,140 +165,10 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on(files: list[Pat
     assert found == []
 
 
-def test_each_package_of_the_tree_is_listed_for_installation(files: list[Path]) -> None:
+def test_each_package_of_the_tree_is_listed_for_installation() -> None:
     packages = {
         ".".join([*SOURCES[path.parts[0]].split("/"), *path.parts[1:-1]])
-        for path in files
+        for path in files()
         if path.name == "__init__.py" and path.parts[0] in SOURCES
     }
     assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
-
-
-# --- the wheel -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def wheel(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy, so that neither ignored files nor an earlier build get in."""
-    tree, output = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for path in files:
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / path, tree / path)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(output), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = output.glob("*.whl")
-    return built
-
-
-@pytest.mark.slow
-def test_wheel_holds_every_source_and_data_file_under_one_name(wheel: Path, files: list[Path]) -> None:
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {"/".join([SOURCES[path.parts[0]], *path.parts[1:]]) for path in files if path.parts[0] in SOURCES}
-    assert names == expected
-    assert {name.split("/")[0] for name in names} == {"teefusion"}
-
-
-class CleanEnvironment:
-    """A virtual environment that sees nothing of the one that runs the tests, and an empty folder to work in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.cwd = folder / "empty"
-        self.cwd.mkdir()
-        self.bin = folder / "venv" / "bin"
-        hidden = ("PYTHON", "VIRTUAL_ENV", "TEEFUSION_")
-        self._variables = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        self.run(sys.executable, "-m", "venv", str(folder / "venv"))
-
-    def run(self, *command: str, timeout_s: int = 300, **variables: str) -> str:
-        """Standard output of a command that must succeed."""
-        done = subprocess.run(
-            command,
-            cwd=self.cwd,
-            env=self._variables | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
-        assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-        return done.stdout
-
-    def python(self, code: str) -> str:
-        return self.run(str(self.bin / "python"), "-c", code)
-
-    def teefusion(self, *arguments: str, timeout_s: int = 300, **variables: str) -> str:
-        return self.run(str(self.bin / "teefusion"), *arguments, timeout_s=timeout_s, **variables)
-
-    def install(self, wheel: Path, extras: str = "") -> None:
-        constraints = str(ROOT / "constraints.txt")
-        pip = (str(self.bin / "python"), "-m", "pip", "install", "--quiet", "--constraint", constraints)
-        self.run(*pip, f"{wheel}{extras}", timeout_s=1200)
-
-
-@pytest.fixture(scope="module")
-def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanEnvironment]:
-    """The wheel and nothing but its core dependencies."""
-    folder = tmp_path_factory.mktemp("clean")
-    environment = CleanEnvironment(folder)
-    environment.install(wheel)
-    yield environment
-    shutil.rmtree(folder)  # with torch in it, too large for pytest to keep
-
-
-# The four below share an environment, and each adds to it: their order is part of the test.
-@pytest.mark.slow
-def test_wheel_answers_with_its_core_alone(clean: CleanEnvironment) -> None:
-    assert clean.teefusion("--version").split()[-1] == PROJECT["project"]["version"]
-    assert "run" in clean.teefusion("--help")
-    specs = clean.python(
-        "from importlib.util import find_spec as f\n"
-        "print(*(name for name in ('components', 'pipelines', 'kfp', 'torch') if f(name)))"
-    )
-    assert specs.split() == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_wheel_compiles_the_pipeline_without_torch(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[pipeline]")
-    answer = json.loads(clean.teefusion("compile", "--output", "x.yaml", "--json").splitlines()[-1])
-    assert answer["output"] == "x.yaml"
-    spec = next(yaml.safe_load_all((clean.cwd / "x.yaml").read_text()))
-    assert {"ingest", "targets", "train", "evaluate", "register"} <= {
-        name.removeprefix("exec-") for name in spec["deploymentSpec"]["executors"]
-    }
-    shared = ("--workdir", "/shared/w", "--set", "cluster.volume_claim=c", "--set", "cluster.volume_path=/shared")
-    (planned,) = json.loads(clean.teefusion("submit", "--dry-run", "--json", *shared).splitlines()[-1])["runs"]
-    assert planned["name"] == f"shapes-{planned['run_key']}"
-    assert clean.python("import importlib.util; print(importlib.util.find_spec('torch'))").strip() == "None"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_wheel_serves_with_the_extras_of_its_image(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[train,serve]")
-    assert "--help" in clean.teefusion("serve", "--help")
-    clean.python("import teefusion.serving.server")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_wheel_runs_the_pipeline_from_an_empty_folder(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[pipeline,train,lora]")  # all of the image's but DeepSpeed, for which see `make test-zero`
-    clean.python("import teefusion.training, teefusion.distillation, peft")
-    tiny = {
-        "TEEFUSION_STRATEGY__NUM_STEPS": "4",
-        "TEEFUSION_TARGETS__TRAJECTORIES": "8",
-        "TEEFUSION_TARGETS__HELDOUT_TRAJECTORIES": "4",
-        "TEEFUSION_TARGETS__STATES_PER_TRAJECTORY": "2",
-        "TEEFUSION_TRAIN__STEPS": "2",
-        "TEEFUSION_TRAIN__BATCH_SIZE": "4",
-        "TEEFUSION_EVALUATE__PROMPTS_PER_STYLE": "2",
-        "TEEFUSION_EVALUATE__SWEEP_PROMPTS": "1",
-    }
-    clean.teefusion("run", "--workdir", "out", "--json", timeout_s=900, **tiny)
-    summary = json.loads((clean.cwd / "out" / "summary.json").read_text())
-    assert summary["gate"]["passed"] is False  # two steps teach nothing, and two prompts a style are no evidence
-    assert summary["nfe"]["student"] * 2 == summary["nfe"]["teacher"]
-    assert (clean.cwd / "out" / "report.html").is_file()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import tiny_overrides
+from tests.conftest import LENIENT_GATE, tiny_overrides
 
 
 def teefusion(*arguments: str, env: dict[str, str] | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
@@ -33,8 +33,7 @@ def options(tmp_path: Path, tiny_teacher: Path, tiny_scorer: Path, prompt_file: 
     ]
 
 
-LENIENT = {"margin": 0.99, "style_margin": 0.99, "max_guidance_residual": 1000, "min_speedup": 0, "min_diversity": 0}
-PASS = [part for rule, value in LENIENT.items() for part in ("--set", f"gate.{rule}={value}")]
+PASS = [part for rule, value in LENIENT_GATE.items() for part in ("--set", f"{rule}={value}")]
 FAIL = ["--set", "gate.max_guidance_residual=0.000001"]
 
 
@@ -154,9 +153,13 @@ def test_a_second_teacher_uses_the_prompts_of_the_first(options: list[str], tmp_
 
 @pytest.mark.slow
 def test_targets_of_several_steps_are_one_set(options: list[str], tmp_path: Path) -> None:
-    summary = run(*options, *FAIL, "--set", "targets.shard_groups=2")
+    summary = run(*options, *FAIL, "--set", "targets.shard_groups=3", "--set", "targets.parallel_groups=2")
     assert summary["outcome"] == "rejected"
+    assert tracked(tmp_path / "work", summary["run_key"]) == ("FINISHED", "rejected")
+    assert summary["stages"]["targets"]["reused"] is False
     assert len(list((tmp_path / "work" / "targets").iterdir())) == 1
+    log = (tmp_path / "work" / "runs" / summary["run_key"] / "pipeline.log").read_text()
+    assert log.count("== targets") == 3  # two that make them, as kfp.local has no more at once, and one that finds them
 
 
 def test_a_users_mistake_inside_a_stage_keeps_its_exit_code(options: list[str], tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_neither_preflight_nor_the_other_small_steps_import_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import teefusion.components.runtime, teefusion.preflight, teefusion.jobs, teefusion.cluster\n"
-        "from teefusion.stages import ingest, register, summary\n"
+        "from teefusion.stages import ingest, register, summary, targets\n"
         "from teefusion.settings import load_settings\n"
         "from teefusion.preflight import preflight, require_ready\n"
         "require_ready(preflight(load_settings(overrides={'device': 'cpu'}))[1])\n"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from teefusion.errors import RegistryError, TrackingError
+from teefusion.errors import RegistryError
 from teefusion.registry import promotion, resolve
 from teefusion.registry.journal import Entry, counted
-from teefusion.registry.promotion import promote, rollback, settle
+from teefusion.registry.promotion import promote, rollback
 from teefusion.registry.store import ModelStore, State
 from teefusion.settings import Settings, load_settings
 from teefusion.tracking import connect
 from tests import postgres
+from tests.crowd import Crowd, assert_settled
 from tests.registered import Killed, MortalClient, add_version
 
 Use = Callable[[Any], None]
@@ -39,8 +37,12 @@ def settings(tmp_path: Path, empty_registry: Path) -> Settings:
     return settings
 
 
+def store_of(settings: Settings) -> ModelStore:
+    return ModelStore(connect(settings), settings, "m")
+
+
 def state_of(settings: Settings) -> State:
-    return ModelStore(connect(settings), settings, "m").read()
+    return store_of(settings).read()
 
 
 def aliases(settings: Settings) -> dict[str, str]:
@@ -158,14 +160,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return lambda client: setattr(chosen, "client", client)
 
 
-def assert_settled(settings: Settings) -> State:
-    """What the next command makes of whatever was left, is all that the journal says."""
-    state = settle(ModelStore(connect(settings), settings, "m"), "the next command")
-    assert state.misplaced() == {}
-    assert state.missing_override() is None
-    return state
-
-
 @pytest.mark.parametrize(
     ("command", "back", "after"),
     [
@@ -200,7 +194,7 @@ def test_killed_between_any_two_calls_it_is_done_or_undone_by_the_next_command(
         except Killed:
             use(None)
         assert state_of(settings).champion in (before[0], after[0])
-        line = assert_settled(settings).line
+        line = assert_settled(store_of(settings)).line
         ends.add(line)
         if line == after:
             back(settings)
@@ -230,73 +224,19 @@ def test_an_alias_written_after_another_promotion_does_not_stay(settings: Settin
     with pytest.raises(Killed) if killed else contextlib.nullcontext():
         promote(settings, "m", "2")
     use(None)
-    assert assert_settled(settings).line == ("3", "2", "1")
+    assert assert_settled(store_of(settings)).line == ("3", "2", "1")
     assert aliases(settings) == {"champion": "3", "previous": "2"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
-def test_two_hundred_promotions_at_once_with_kills_and_lost_answers(tmp_path: Path, use: Use) -> None:
+def test_two_hundred_promotions_at_once_with_processes_killed_and_lost_answers(tmp_path: Path) -> None:
     with postgres.postgres_server() as server:
         url = postgres.database(server, "registry")
         settings = load_settings(overrides={"workdir": tmp_path, "mlflow.tracking_uri": url})
         for gate in GATES:
             add_version(connect(settings), tmp_path, gate=gate)
-        ends = Crowd(settings, use).run(rounds=25, at_once=8)
+        ends = Crowd(settings).run(rounds=25, at_once=8)
     assert sum(ends.values()) == 200
     assert ends.keys() <= {"done", "lost", "killed", "failed", "refused"}
     assert min(ends[end] for end in ("done", "lost", "killed")) > 0, ends
-
-
-class Crowd:
-    """Rounds of commands at once; the invariants are checked after each command, and once more when all have ended."""
-
-    def __init__(self, settings: Settings, use: Use) -> None:
-        self._settings, self._use, self._random = settings, use, random.Random(7)
-        self._seen: tuple[Entry, ...] = ()
-        self._lock = threading.Lock()
-
-    def run(self, *, rounds: int, at_once: int) -> Counter[str]:
-        """How many commands ended how."""
-        ends: Counter[str] = Counter()
-        with ThreadPoolExecutor(at_once) as pool:
-            for _ in range(rounds):
-                ends.update(pool.map(self._command, [self._random.random() for _ in range(at_once)]))
-                state = assert_settled(self._settings)
-                assert state.champion == (state.last.champion if state.last else None)
-                assert not [entry.found for entry in state.entries if entry.found], "nobody moved an alias by hand"
-        return ends
-
-    def _command(self, seed: float) -> str:
-        chance = random.Random(seed)
-        dies_at = chance.randrange(16) if chance.random() < 0.4 else None
-        client = MortalClient(connect(self._settings), dies_at=dies_at, loses=0.05, seed=chance.randrange(1 << 30))
-        self._use(client)
-        try:
-            if chance.random() < 0.2:
-                rollback(self._settings, "m")
-            else:
-                promote(self._settings, "m", chance.choice("123"))
-            end = "done"
-        except RegistryError as error:
-            end = "lost" if "at the same time" in str(error) else "refused"
-        except TrackingError as error:
-            end = "failed" if "the connection broke before the answer came" in str(error) else str(error)
-        except Killed:
-            end = "killed"
-        finally:
-            self._use(None)
-        self._check(client, end)
-        return end
-
-    def _check(self, client: MortalClient, end: str) -> None:
-        """No reader ever finds a champion that may not be one; the journal only grows; each command was told right."""
-        state = state_of(self._settings)
-        assert state.champion in (None, "1", "2", "3")
-        tokens = {entry.token for entry in state.entries}
-        assert client.token in (*tokens, None) or end != "done"
-        assert client.token not in tokens or end != "lost"
-        with self._lock:
-            longer, shorter = sorted(([e.token for e in self._seen], [e.token for e in state.entries]), key=len)[::-1]
-            assert longer[: len(shorter)] == shorter
-            self._seen = max(self._seen, state.entries, key=len)

@@ -62,6 +62,9 @@ def test_a_passed_student_becomes_challenger_with_its_history_in_tags(make_setti
     }
     assert expected.items() <= version.tags.items()
     assert "| overall | 8 | 31.00 | 31.25 | +0.25 | -0.12 to +0.50 |" in version.description
+    rows = ("teacher", "licence", "data", "method", "forwards a picture", "code, image")
+    assert all(f"\n| {row} | " in version.description for row in rows)
+    assert all(f"\n## {part}\n" in version.description for part in ("Scores", "Gate: passed", "Limits", "Use"))
 
 
 def test_registering_again_makes_no_second_version(make_settings: Make, tmp_path: Path) -> None:

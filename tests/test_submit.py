@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from teefusion.cli import cli
@@ -58,6 +59,18 @@ def test_a_version_is_uploaded_once_for_all_teachers_and_again_for_another_clust
     submit(server, "--steps", "901", "--set", "cluster.memory_gb=64")
     assert len(server.packages) == 2
     assert len(server.all("runs")) == 3
+
+
+def test_a_published_version_has_its_own_defaults_and_is_that_of_every_run(server: KfpServer) -> None:
+    first, again = (call(server, "publish", "--steps", "900") for _ in range(2))
+    assert (first["uploaded"], again["uploaded"]) == (True, False)
+    assert again["version_id"] == first["version_id"]
+    assert first["url"] == f"{server.url}/#/pipelines/details/pipelines-1/version/{first['version_id']}"
+    assert call(server, "publish", "--steps", "901")["uploaded"] is True
+    spec = next(yaml.safe_load_all(server.packages[1]))
+    assert spec["root"]["inputDefinitions"]["parameters"]["train_steps"]["defaultValue"] == 901
+    submit(server)
+    assert len(server.packages) == len(server.all("versions")) == 2
 
 
 def test_a_run_at_work_is_joined_and_one_that_has_ended_is_not(server: KfpServer) -> None:
@@ -134,7 +147,12 @@ def test_a_schedule_is_replaced_and_leaves_the_revision_to_each_run(server: KfpS
 
 def test_runs_are_listed_with_stage_and_verdict(server: KfpServer) -> None:
     plays = {
-        "RUNNING": {"preflight": "SUCCEEDED", "targets-2": "RUNNING"},
+        "RUNNING": {
+            "preflight": "SUCCEEDED",
+            "targets": "SUCCEEDED",
+            "target-workers": "RUNNING",
+            "targets-2": "RUNNING",
+        },
         "FAILED": {"preflight": "SUCCEEDED", "ingest": "FAILED", "summarize": "SUCCEEDED"},
         "SUCCEEDED": {"evaluate": "SUCCEEDED", "register": "SUCCEEDED", "summarize": "SUCCEEDED"},
     }

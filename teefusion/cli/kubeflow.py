@@ -1,4 +1,4 @@
-"""The commands about a cluster: compile, submit, schedule, runs."""
+"""The commands about the pipeline and its runs on a cluster: compile, publish, submit, schedule, runs."""
 
 from __future__ import annotations
 
@@ -69,6 +69,17 @@ def schedule(settings: Settings, cron: str, name: str | None, dry_run: bool) -> 
     made: dict[str, Any] = Kubeflow(settings.kfp).schedule(wanted, name, cron)
     replaced = " (replaced)" if made["replaced"] else ""
     return {"schedule": name, "cron": cron_of(cron), **made, "_text": f"{name}{replaced}: {made['url']}"}
+
+
+@command(*RUN, "endpoint", pinned=False)
+def publish(settings: Settings) -> dict[str, Any]:
+    """Upload the pipeline to Kubeflow Pipelines with these settings as defaults, unless it is there."""
+    from teefusion.pipelines.submit import Kubeflow, plan
+
+    wanted = plan(settings, pinned=False)
+    made: dict[str, Any] = Kubeflow(settings.kfp).publish(wanted)
+    text = f"{wanted.upload}: {'uploaded' if made['uploaded'] else 'there already'}: {made['url']}"
+    return {"pipeline": wanted.pipeline, "version": wanted.upload, **made, "_text": text}
 
 
 @command("endpoint", pinned=False)

@@ -180,8 +180,10 @@ class TargetSettings(Section):
     """Workers on this machine, one a GPU; above 1 they run under torchrun. Workers on other machines may join."""
     shard_groups: int = Field(default=1, ge=1, le=64)
     """Steps of the pipeline that make the set together, each with the workers above."""
+    parallel_groups: int | None = Field(default=None, ge=1)
+    """Most of those steps at once; none is all of them. One that begins when the set is whole ends at once."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"images", "num_processes", "shard_groups"})
+    operational: ClassVar[frozenset[str]] = frozenset({"images", "num_processes", "shard_groups", "parallel_groups"})
 
 
 class FusionSettings(Section):

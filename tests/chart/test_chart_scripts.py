@@ -1,4 +1,4 @@
-"""The scripts that the chart's pods run, against what they meet there: MLflow, S3, and doubles of two APIs."""
+"""The scripts that the chart's pods run, against what they meet there: MLflow, S3, and doubles of APIs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pytest
+import yaml
 
-from tests.charts import CHART, Json, render
+from tests.charts import CHART, NAMESPACE, Json, render
+from tests.kfpserver import KfpServer
 from tests.s3 import BUCKET, ENVIRONMENT, free_port, s3_server
 
 FILES = CHART / "files"
@@ -266,31 +267,24 @@ def test_permissions_check_wants_what_the_role_gives_and_no_more() -> None:
     assert "gives too much" in _check_permissions(role["rules"], elsewhere=True).stderr
 
 
-def test_publishing_uploads_a_version_once(tmp_path: Path) -> None:
-    """Against a double that keeps what it is sent, with the routes of KFP's v2beta1 API."""
-    pipelines: list[Json] = []
-    versions: list[Json] = []
-
-    def answer(request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
-        path, _, query = request.path.partition("?")
-        name = dict(part.split("=", 1) for part in query.split("&") if part).get("name", "")
-        result: Any = {}
-        if path.endswith("/pipelines/upload"):
-            pipelines.append(result := {"pipeline_id": "p1", "display_name": name, "name": name})
-        elif path.endswith("/pipelines/upload_version"):
-            assert b"teefusion-distill" in body
-            versions.append(result := {"pipeline_id": "p1", "pipeline_version_id": name, "display_name": name})
-        elif path.endswith("/versions"):
-            result = {"pipeline_versions": versions, "total_size": len(versions)}
-        elif path.endswith("/pipelines"):
-            result = {"pipelines": pipelines, "total_size": len(pipelines)}
-        return 200, json.dumps(result).encode()
-
-    settings: dict[str, str] = dict(render({}).one("ConfigMap", "teefusion-settings")["data"])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with _answering(answer) as url:
-        variables = settings | {"KF_PIPELINES_ENDPOINT": url, "HOME": str(tmp_path), "PATH": path}
-        first = run("pipelines/publish.py", **variables)
-        assert first.splitlines()[-1].startswith("uploaded teefusion-distill-")
-        assert "is there already" in run("pipelines/publish.py", **variables)
-    assert (len(pipelines), len(versions)) == (1, 1)
+def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_path: Path) -> None:
+    values = {"pipelines": {"publish": {"enabled": True}, "token": {"enabled": True}}}
+    release = render(values | {"settings": {"values": {"train": {"steps": 77}}}})
+    (container,) = release.pod("Job/teefusion-publish").spec["containers"]
+    variables = os.environ | release.one("ConfigMap", "teefusion-settings")["data"]
+    variables |= {one["name"]: one["value"] for one in container["env"] if "value" in one}
+    del variables["KF_PIPELINES_SA_TOKEN_PATH"]  # Kubernetes mounts it
+    with KfpServer() as server:
+        variables |= {"KF_PIPELINES_ENDPOINT": server.url, "HOME": str(tmp_path)}
+        variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+        told = [
+            subprocess.run(container["command"], env=variables, capture_output=True, text=True, timeout=200, check=True)
+            for _ in range(2)
+        ]
+        ((pipeline,), (version,)) = server.all("pipelines"), server.all("versions")
+    assert [done.stdout.partition(": ")[2].partition(":")[0] for done in told] == ["uploaded", "there already"]
+    assert pipeline["namespace"] == NAMESPACE
+    assert told[0].stdout.startswith(version["display_name"])
+    parameters = next(yaml.safe_load_all(server.packages[0]))["root"]["inputDefinitions"]["parameters"]
+    assert parameters["train_steps"]["defaultValue"] == 77
+    assert "http://teefusion-mlflow.ml.svc:5000" in parameters["settings"]["defaultValue"]

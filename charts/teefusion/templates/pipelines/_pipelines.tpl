@@ -1,4 +1,4 @@
-{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, files (a ConfigMap). */}}
+{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, and perhaps files (a ConfigMap). */}}
 {{- define "teefusion.pipelines.pod" -}}
 {{- $values := .root.Values.pipelines -}}
 {{- include "teefusion.pod" (dict "root" .root "values" $values "serviceAccount" .root.Values.runner.serviceAccount.name) }}
@@ -16,6 +16,7 @@ containers:
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
+      {{- $_ := set $env "TEEFUSION_KFP__NAMESPACE" .root.Release.Namespace }}
       {{- end }}
       {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
     securityContext:
@@ -24,7 +25,9 @@ containers:
       {{- toYaml $values.resources | nindent 6 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
+      {{- if .files }}
       - {name: files, mountPath: /etc/teefusion, readOnly: true}
+      {{- end }}
       {{- with include "teefusion.workspace.claim" .root }}
       - {name: workspace, mountPath: {{ $.root.Values.workspace.mountPath }}}
       {{- end }}
@@ -33,8 +36,10 @@ containers:
       {{- end }}
 volumes:
   - {name: tmp, emptyDir: {}}
+  {{- with .files }}
   - name: files
-    configMap: {name: {{ include "teefusion.componentName" (dict "root" .root "component" "pipelines") }}}
+    configMap: {name: {{ . }}}
+  {{- end }}
   {{- with include "teefusion.workspace.claim" .root }}
   # Prompt files that settings name are there.
   - name: workspace
