@@ -30,7 +30,7 @@ from teefusion.checkpoints import load_latest, save_checkpoint
 from teefusion.distillation import ResidualMeter, distillation_loss
 from teefusion.engine import Engine, StepResult
 from teefusion.errors import InterruptedRunError, TeEFusionError, TrainingError
-from teefusion.export import export_student, sample_sheet
+from teefusion.export import export_student
 from teefusion.families import TextEmbeddings
 from teefusion.files import write_json
 from teefusion.fusion import Fusion, fuse, make_fusion, measure_sizes, pack
@@ -39,10 +39,11 @@ from teefusion.lineage import lineage
 from teefusion.lora import make_trainable
 from teefusion.manifests import Manifest, read_manifest
 from teefusion.memory import MemoryMeter
-from teefusion.onpolicy import OnPolicyStream
+from teefusion.onpolicy import OnPolicyStream, Velocity
 from teefusion.pace import Pace
 from teefusion.progress import Progress
 from teefusion.prompts import load_prompt_set
+from teefusion.sample_sheets import SampleSheet
 from teefusion.settings import JOB_VARIABLE, Settings, TrainSettings, job_settings
 from teefusion.shards import read_tensors
 from teefusion.storage import Reader
@@ -55,7 +56,7 @@ from teefusion.weights import with_weights
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
 RESULT, DRY_RUN = "training.json", "dry-run.json"
-_SAMPLE_PROMPTS, _TRIED_STEPS = 4, 2
+_TRIED_STEPS = 2
 
 
 def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
@@ -67,11 +68,13 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
     """
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
-    samples = [prompt.text for prompt in load_prompt_set(prompts).heldout[:_SAMPLE_PROMPTS]]
-    run = _Run(settings, manifest, store, output, samples)
+    run = _Run(settings, manifest, store, output)
     try:
+        sheet = SampleSheet(settings, manifest, store, shown=run.accelerator.is_main_process)
+        rows = {str(row): prompt.text for row, prompt in enumerate(load_prompt_set(prompts).heldout[: len(sheet)], 1)}
+        run.tracker.log_params({"samples": rows})
         with _stopped_by_sigterm(run):
-            return run.complete()
+            return run.complete(sheet)
     finally:
         run.tracker.close()
         # Accelerate keeps its settings for the process; the next training here may want others.
@@ -86,7 +89,7 @@ def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) ->
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     try:
-        run = _Run(settings, manifest, store, output, [], tracked=False)
+        run = _Run(settings, manifest, store, output, tracked=False)
         record = run.try_out()
         if run.accelerator.is_main_process:
             write_json(output / DRY_RUN, record)
@@ -115,12 +118,10 @@ class _Run:
         manifest: Manifest,
         targets: Reader,
         output: Path,
-        sample_prompts: list[str],
         *,
         tracked: bool = True,
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
-        self.sample_prompts = sample_prompts
         self.lineage = lineage(settings, manifest)
         self.engine = Engine(self.options, cpu=settings.device == "cpu")
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
@@ -153,8 +154,9 @@ class _Run:
         """End after the step that is under way, with a checkpoint."""
         self._stopping = True
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self, sheet: SampleSheet) -> dict[str, Any]:
         """Train to the last step, export, and return the record. Raises InterruptedRunError when told to stop."""
+        self.sheet = sheet
         saved = load_latest(self.engine, self.output / "checkpoints")
         self.position = _Position(**saved) if saved else _Position()
         resumed = self.position.step
@@ -185,18 +187,13 @@ class _Run:
         settings = self.settings
         encoders = {name: None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
         teacher = load_teacher(settings.teacher, device=str(self.device), **encoders)
-
-        def student(x_BCHW: Tensor, sigma_B: Tensor, s_B: Tensor, text: TextEmbeddings) -> Tensor:
-            with self.accelerator.autocast():
-                return self._velocity(self.engine.model, x_BCHW, sigma_B, s_B, text)
-
         return OnPolicyStream(
             self.stream,
             with_weights(teacher, settings.strategy),
             make_strategy(settings.strategy),
             settings.strategy.num_steps,
             read_null(targets, manifest),
-            student,
+            lambda *at: self._drawn_velocity(self.engine.model, *at),
         )
 
     def _loop(self) -> None:
@@ -262,6 +259,11 @@ class _Run:
         packed, tokens_BTE = pack(text.pooled_BP, self.null_P, s_B), text.tokens_BTE.to(self.engine.input_dtype)
         return self.family.velocity(model, x_BCHW, sigma_B * 1000.0, tokens_BTE, packed)
 
+    def _drawn_velocity(self, model: Any, *at: Any) -> Tensor:
+        """Where no loss follows: in the precision of training."""
+        with self.accelerator.autocast():
+            return self._velocity(model, *at)
+
     def _conditional(self, transformer: Any, states: States) -> Tensor:
         """The teacher's conditional velocity [B, C, H, W], by its transformer before it is fused."""
         text = TextEmbeddings(*(part.float() for part in states.text))
@@ -274,6 +276,8 @@ class _Run:
             self._log_loss(result)
         if step % options.eval_every == 0 or last:
             self._evaluate()
+        if options.sample_every and step % options.sample_every == 0 and not last:
+            self._draw_samples(f"samples/step-{step:08d}.png")
         stopping = self._anyone_stopping()
         if (step % options.checkpoint_every == 0 or stopping) and not last:
             position = dataclasses.asdict(self.position)
@@ -316,22 +320,28 @@ class _Run:
         self.tracker.log_metrics(metrics, step=self.position.step)
 
     def _residual(self) -> ResidualMeter:
-        """On every rank alike, as ZeRO 3 needs all of them in a forward."""
+        with self._averaged_student() as student:
+            return self.heldout.residual(lambda at: student(at.x_BCHW, at.sigma_B, at.guidance_B, at.text))
+
+    @contextlib.contextmanager
+    def _averaged_student(self) -> Iterator[Velocity]:
+        """The velocity of the averaged weights. On every rank alike, as ZeRO 3 needs all of them in a forward."""
         model = self.engine.unwrapped
-
-        def predict(states: States) -> Tensor:
-            with self.accelerator.autocast():
-                return self._predict(model, states)
-
         with self.engine.averaged_weights():
             model.eval()
-            meter = self.heldout.residual(predict)
+            yield functools.partial(self._drawn_velocity, model)
             model.train()
-        return meter
+
+    def _draw_samples(self, name: str) -> None:
+        with self._averaged_student() as student:
+            sheet = self.sheet.draw(student, self.device)
+        if sheet is not None:
+            self.tracker.log_image(sheet, name)
 
     def _export(self, resumed: int) -> dict[str, Any]:
         """Save the student and the record; the main process writes, the others take part and wait."""
         meter = self._residual()
+        self._draw_samples("samples.png")
         with self.engine.averaged_weights():
             weights = self.engine.whole_weights()
         record: dict[str, Any] = {}
@@ -341,9 +351,6 @@ class _Run:
                 "parameters": sum(weight.numel() for weight in student.transformer.parameters()),
                 "trained_parameters": sum(weight.numel() for weight in weights.values()),
             }
-            sheet = sample_sheet(self.settings, student, self.sample_prompts)
-            if sheet is not None:
-                self.tracker.log_image(sheet, "samples.png")
             write_json(self.output / RESULT, record)
             self.tracker.log_metrics({"guidance_residual": meter.overall}, step=self.position.step)
         self.accelerator.wait_for_everyone()

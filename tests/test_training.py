@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from teefusion import training
 from teefusion.errors import IntegrityError, InterruptedRunError, SettingsError, TrainingError
 from teefusion.launch import run_training
 from teefusion.manifests import Manifest, write_manifest
+from teefusion.pictures import contact_sheet
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
@@ -137,8 +139,9 @@ def test_accumulated_micro_batches_take_the_same_steps(job: Job) -> None:
 
 def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
     job.train("one")
-    record = job.train("two", {"train.num_processes": 2})
+    record = job.train("two", {"train.num_processes": 2, "train.sample_every": 3})
     assert record["ranks"] == 2
+    assert sorted(logged_pictures(job.make())) == ["samples.png", "samples/step-00000003.png"]
     assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
 
 
@@ -182,7 +185,8 @@ def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(j
     settings = job.make({"targets.states_per_trajectory": 4, "targets.trajectories": 16})
     manifest = generate_targets(settings, load_prompt_set(job.prompts), FolderStore(job.targets))
     values = {"targets.states_per_trajectory": 4, "targets.trajectories": 16, "student.num_steps": 2}
-    record = job.train("short", values | {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9})
+    values |= {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9}
+    record = job.train("short", values)
     curve = [residual for _, residual in record["residual_curve"]]
     assert curve[-1] < curve[0]
     student = load_student(job.folder / "short" / "student")
@@ -190,6 +194,7 @@ def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(j
     student.transformer.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     student("star", guidance_scale=3.0)
     assert calls == [1, 1]
+    assert_shown(logged_pictures(job.make(values))["samples.png"], student, job, steps=2)
     expected = [manifest.sigmas[k] for k in (0, 2, 4)]
     assert student.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -333,14 +338,40 @@ def test_a_damaged_shard_stops_training(job: Job) -> None:
         job.train("run")
 
 
-def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
+def tracked_run(settings: Settings) -> tuple[Any, Any]:
+    """MLflow's client, and the run of these settings."""
     from teefusion.tracking import RUN_KEY_TAG, connect
 
-    job.train("run")
-    settings = job.make()
     client = connect(settings)
     experiment = client.get_experiment_by_name("teefusion")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
+    return client, run
+
+
+def logged_pictures(settings: Settings) -> dict[str, Image.Image]:
+    """The pictures of the run's artifacts, by path."""
+    client, run = tracked_run(settings)
+    paths = [item.path for folder in ("", "samples") for item in client.list_artifacts(run.info.run_id, folder)]
+    return {p: Image.open(client.download_artifacts(run.info.run_id, p)) for p in paths if p.endswith(".png")}
+
+
+def assert_shown(sheet: Image.Image, student: Any, job: Job, *, steps: int = 4) -> None:
+    """The sheet is what the exported student makes, but for rounding: four held-out prompts, s from 1 to 7."""
+    settings, prompts = job.make().strategy, load_prompt_set(job.prompts).heldout[:4]
+    scales = torch.linspace(settings.guidance_min, settings.guidance_max, 4).tolist()
+
+    def picture(prompt: str, s: float) -> Image.Image:
+        noise = torch.Generator().manual_seed(0)
+        return student(prompt, guidance_scale=s, num_inference_steps=steps, generator=noise).images[0]
+
+    rows = [[picture(prompt.text, s) for s in scales] for prompt in prompts]
+    difference = ImageChops.difference(sheet, contact_sheet(rows))
+    assert max(high for _, high in difference.getextrema()) <= 2
+
+
+def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
+    job.train("run")
+    client, run = tracked_run(job.make())
     assert run.data.params["train.steps"] == "6"
     assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
     assert {"train/grad_norm", "train/learning_rate", "train/states_per_second"} <= run.data.metrics.keys()
@@ -348,4 +379,18 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> N
     assert 0 <= run.data.metrics["train/data_wait_share"] < 1
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
     assert steps == [0, 3, 6]
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["samples.png"]
+    first = load_prompt_set(job.prompts).heldout[0].text
+    assert run.data.params["samples.1"] == first
+    assert list(logged_pictures(job.make())) == ["samples.png"]
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_sheets_of_samples_are_drawn_while_training_and_change_nothing(job: Job, lora_rank: int | None) -> None:
+    values = {"train.learning_rate": 1e-2, "train.ema_decay": 0.5, "train.lora_rank": lora_rank}
+    job.train("without", values)
+    job.train("with", values | {"train.sample_every": 2})
+    assert_equal(job.weights("without"), job.weights("with"))
+    sheets = logged_pictures(job.make(values))
+    assert sorted(sheets) == ["samples.png", "samples/step-00000002.png", "samples/step-00000004.png"]
+    assert len({sheet.tobytes() for sheet in sheets.values()}) == 3
+    assert_shown(sheets["samples.png"], load_student(job.folder / "with" / "student"), job)
