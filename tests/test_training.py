@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from teefusion.students import load_student
 from teefusion.target_sets import generate_targets
 
 Make = Callable[..., Settings]
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 class Job:
@@ -307,12 +309,44 @@ def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
     assert_equal(job.weights("whole"), job.weights("broken"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not BITSANDBYTES, reason="needs bitsandbytes: pip install 'teefusion[adamw-8bit]'")
+def test_eight_bit_adam_keeps_bytes_learns_as_adam_does_and_resumes_exactly(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import make_tiny_teacher
+
+    teacher = tmp_path / "wider"  # bitsandbytes keeps weights of less than 4096 numbers in 32 bits
+    make_tiny_teacher(teacher, head_width=32)
+    values = {"teacher.name": str(teacher), "train.learning_rate": 1e-3, "train.ema_decay": 0.9, "train.steps": 60}
+    values |= {"train.checkpoint_every": 20, "train.eval_every": 60}
+    job = Job(lambda more=None: make_settings(values | (more or {})), tmp_path)
+    plain, whole = job.train("plain"), job.train("whole", {"train.optimizer": "adamw_8bit"})
+    assert whole["guidance_residual"] < whole["residual_curve"][0][1]
+    assert whole["guidance_residual"] == pytest.approx(plain["guidance_residual"], rel=0.05)
+    saved = load_file(next((tmp_path / "whole" / "checkpoints").glob("*40/tensors-00000.safetensors")))
+    wide = [value for name, value in saved.items() if name.startswith("state1.") and value.numel() >= 4096]
+    assert wide
+    assert all(value.dtype == torch.uint8 for value in wide)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 30)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken", {"train.optimizer": "adamw_8bit"})
+    assert job.train("broken", {"train.optimizer": "adamw_8bit"})["resumed_from"] == 20
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
+@pytest.mark.skipif(BITSANDBYTES, reason="bitsandbytes is installed")
+def test_eight_bit_adam_without_its_library_is_refused(job: Job) -> None:
+    with pytest.raises(TrainingError, match=r"needs the library bitsandbytes.*pip install teefusion\[adamw-8bit\]"):
+        job.train("run", {"train.optimizer": "adamw_8bit"})
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"train.optimizer": "adamw_8bit", "train.zero_stage": 1}, SettingsError, "adamw_8bit and ZeRO do not go"),
         ({"train.offload": True}, SettingsError, "offload is ZeRO's: set zero_stage"),
-        ({"train.optimizer": "adamw_8bit"}, TrainingError, "needs the library bitsandbytes"),
     ],
 )
 def test_what_cannot_be_trained_with_is_refused(
