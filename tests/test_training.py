@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -15,7 +16,6 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from teefusion import training
 from teefusion.errors import IntegrityError, InterruptedRunError, SettingsError, TrainingError
 from teefusion.launch import run_training
 from teefusion.manifests import Manifest, write_manifest
@@ -26,6 +26,7 @@ from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.students import load_student
 from teefusion.target_sets import generate_targets
+from teefusion.training_run import Run
 
 Make = Callable[..., Settings]
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -92,14 +93,14 @@ def test_the_same_run_twice_gives_the_same_bits(job: Job) -> None:
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    after_step = training._Run._after_step
+    after_step = Run._after_step
 
     def stop(self: Any, *arguments: Any) -> None:
         after_step(self, *arguments)
         if self.position.step == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "_after_step", stop)
+    monkeypatch.setattr(Run, "_after_step", stop)
 
 
 def test_interrupted_it_resumes_and_ends_bit_identical(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +232,14 @@ def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job, monkey
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The loss of these steps is not finite."""
-    loss = training._Run._loss
+    """The targets of these steps are not finite."""
+    step = Run.step
 
-    def poisoned(self: Any, states: Any) -> torch.Tensor:
-        return loss(self, states) * (float("nan") if self.position.step in steps else 1.0)
+    def poisoned(self: Any, states: Any) -> Any:
+        bad = float("nan") if self.position.step in steps else 1.0
+        return step(self, dataclasses.replace(states, velocity_BCHW=states.velocity_BCHW * bad))
 
-    monkeypatch.setattr(training._Run, "_loss", poisoned)
+    monkeypatch.setattr(Run, "step", poisoned)
 
 
 def test_a_loss_that_stays_non_finite_stops_the_run_and_names_the_states(
@@ -262,14 +264,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_sigterm_leaves_a_checkpoint_to_continue_from(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.train("whole")
     with monkeypatch.context() as patch:
-        step = training._Run._step
+        step = Run.step
 
         def told_to_stop(self: Any, states: Any) -> Any:
             if self.position.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(self, states)
 
-        patch.setattr(training._Run, "_step", told_to_stop)
+        patch.setattr(Run, "step", told_to_stop)
         with pytest.raises(InterruptedRunError, match=r"at step 3 of 6; a checkpoint is in") as told:
             job.train("stopped")
     assert told.value.exit_code == 75
