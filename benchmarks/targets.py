@@ -24,24 +24,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from measuring import spread, synchronize, timed
+
 Rows = dict[str, Any]
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU; nothing to wait for on a CPU."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 class Clock:
@@ -68,11 +53,6 @@ class Clock:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest over the rounds."""
-    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 # --- beside a plain loop ---------------------------------------------------------------------------------------------

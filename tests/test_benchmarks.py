@@ -22,7 +22,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """A program of the folder, as a module; it is no package."""
+    """A program of the folder, as a module; it is no package, but they import from one another."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -145,11 +147,13 @@ SMALL = ("prompts.heldout_fraction=0.4", "teacher.max_sequence_length=0", "strat
 SMALL += ("targets.states_per_trajectory=3", "targets.shard_trajectories=4", "targets.batch_size=4")
 
 
-def run_training(capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...]) -> Any:
+def run_training(
+    program: str, capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...] = ()
+) -> Any:
     sets = [part for setting in settings for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["training.py", *arguments, *sets, "--rounds", "1", "--json"])
-        load("training").main()
+        patch.setattr(sys, "argv", [program, *arguments, *sets, "--rounds", "1", "--json"])
+        load(program).main()
     AcceleratorState._reset_state(reset_partial_state=True)  # which Accelerate keeps for the process
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -159,7 +163,7 @@ def test_the_plain_training_loop_has_the_losses_of_ours(
 ) -> None:
     settings = (*SMALL, f"prompts.source={prompt_file}", "train.batch_size=4", "train.precision=float32")
     options = ("--teacher", str(tiny_teacher), "--steps", "3", "--trajectories", "8", "--no-s3")
-    result = run_training(capsys, *options, settings=settings)
+    result = run_training("training", capsys, *options, settings=settings)
     assert result["loss_gap"]["greatest"] < 0.01  # targets are stored in float16
     assert result["last_losses"]["same_step"] == pytest.approx(result["last_losses"]["ours"], rel=0.01)
     assert result["speedup_vs_plain"] > 0
@@ -168,7 +172,7 @@ def test_the_plain_training_loop_has_the_losses_of_ours(
 
 def test_the_parts_of_a_training_step_make_the_whole(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--architecture", str(tiny_teacher), "--device", "cpu", "--batch-size", "2", "--peak", "mine:1")
-    result = run_training(capsys, *options, settings=("teacher.max_sequence_length=0",))
+    result = run_training("training_shape", capsys, *options, settings=("teacher.max_sequence_length=0",))
     assert set(result["parts_seconds"]) == {"data", "forward", "backward", "optimizer", "other"}
     assert all(seconds > 0 for seconds in result["parts_seconds"].values())
     assert result["mfu"] == pytest.approx(result["step_flops"] / result["step_seconds"]["median"] / 1e12)
