@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -167,12 +168,11 @@ def s3_wait(settings: Any, manifest: Any, store: Any, folder: Path, options: arg
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tests.s3 import BUCKET, ENVIRONMENT, s3_server
 
-    os.environ.update(ENVIRONMENT)
-    with s3_server() as url:
+    with patch.dict(os.environ, ENVIRONMENT), s3_server() as url:
         storage = StorageSettings(endpoint_url=url, addressing_style="path")
         uri = f"s3://{BUCKET}/set"
         remote = open_store(uri, storage)
-        for name in store.names():
+        for name in store.sizes():
             remote.write(name, store.read(name))
         settings = settings.model_copy(update={"storage": storage, "workdir": folder / "s3"})
         ours = Ours(settings, manifest, open_shards(settings, uri), folder / "s3")
