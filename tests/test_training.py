@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -285,6 +287,24 @@ def test_checkpointed_activations_take_the_same_steps(job: Job) -> None:
     assert_close(job.weights("whole"), job.weights("again"), atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_student_takes_the_same_steps(job: Job) -> None:
+    ends = []
+    for compiled in (False, True):
+        settings, store = job.make({"train.compile": compiled}), FolderStore(job.targets)
+        run = Run(settings, job.manifest, store, job.folder / "run", tracked=False)
+        batches = run.batches()
+        for _ in range(3):
+            run.step(next(batches).to(run.device))
+        ends.append(run.engine.whole_weights())
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plain, fast = ends
+    names = [name for name in plain if not torch.equal(plain[name], fast[name])]
+    assert names, "compiled kernels round otherwise: none ran"
+    assert_close(plain, fast, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["affine", "distill_cfg"])
 def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
     job: Job, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, variant: str
@@ -418,6 +438,17 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> N
     first = load_prompt_set(job.prompts).heldout[0].text
     assert run.data.params["samples.1"] == first
     assert list(logged_pictures(job.make())) == ["samples.png"]
+
+
+def test_a_run_that_is_named_in_the_environment_is_adopted(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teefusion.tracking import connect
+
+    client = connect(job.make())
+    mine = client.create_run(client.create_experiment("mine")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
+    job.train("run")
+    assert "guidance_residual" in client.get_run(mine).data.metrics
+    assert client.get_experiment_by_name("teefusion") is None
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
