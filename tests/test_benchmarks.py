@@ -147,9 +147,7 @@ SMALL = ("prompts.heldout_fraction=0.4", "teacher.max_sequence_length=0", "strat
 SMALL += ("targets.states_per_trajectory=3", "targets.shard_trajectories=4", "targets.batch_size=4")
 
 
-def run_training(
-    program: str, capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...] = ()
-) -> Any:
+def run_training(program: str, capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...]) -> Any:
     sets = [part for setting in settings for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, *arguments, *sets, "--rounds", "1", "--json"])
