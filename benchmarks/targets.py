@@ -20,9 +20,9 @@ import sys
 from functools import partial
 from typing import Any
 
+from measuring import ForwardClock, rate_text, spread, timed
 from plain_sampling import plain_loop
 from targets_shape import measure_shape, shape_text
-from timing import Clock, rate_text, spread, timed
 
 
 class RealTeacher:
@@ -94,7 +94,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             plain.append(taken)
         for batch in options.batches:
             count = batch * math.ceil(options.trajectories / batch)
-            with Clock().on(transformer, device) as clock:
+            with ForwardClock().on(transformer, device) as clock:
                 seconds = timed(partial(bench.ours, count, batch), device)
             if round_number:
                 rates[batch].append(count / seconds)

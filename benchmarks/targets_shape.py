@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from timing import Clock, rate_text, spread, timed
+from measuring import ForwardClock, rate_text, spread, timed
 
 
 class RandomTeacher:
@@ -112,7 +112,7 @@ def _measure_batch(bench: RandomTeacher, batch: int, rounds: int, peak: float | 
         return {"error": "out of memory"}
     share = None
     if mode == "plain":  # inside a compiled module hooks would split what is compiled
-        with Clock().on(bench.teacher.pipeline.transformer, device) as clock:
+        with ForwardClock().on(bench.teacher.pipeline.transformer, device) as clock:
             seconds = timed(sample, device)
         share = clock.seconds / seconds
     return {

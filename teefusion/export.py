@@ -1,24 +1,19 @@
-"""From trained weights to a student folder that diffusers loads, and pictures of it."""
+"""From trained weights to a student folder that diffusers loads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from teefusion.fusion import Fusion, fuse
 from teefusion.lora import make_trainable, merge_lora
-from teefusion.pictures import contact_sheet
 from teefusion.settings import Settings
 from teefusion.strategies import sub_grid
 from teefusion.students import make_student, save_student
 from teefusion.teachers import Teacher, load_teacher, load_transformer
-
-_SCALES = 4
 
 
 def export_student(settings: Settings, fusion: Fusion, weights: Mapping[str, Tensor], folder: Path) -> Any:
@@ -45,22 +40,6 @@ def export_student(settings: Settings, fusion: Fusion, weights: Mapping[str, Ten
     )
     save_student(student, folder)
     return student
-
-
-def sample_sheet(settings: Settings, student: Any, prompts: Sequence[str]) -> Image | None:
-    """A row of pictures a prompt, one for each of four guidance scales, from fixed seeds; none without prompts."""
-    low, high = settings.strategy.guidance_min, settings.strategy.guidance_max
-    scales = [low + (high - low) * k / (_SCALES - 1) for k in range(_SCALES)]
-    rows = []
-    for prompt in prompts:
-        generators = [torch.Generator().manual_seed(0) for _ in scales]
-        rows.append(
-            [
-                student(prompt, guidance_scale=s, num_inference_steps=settings.student_steps, generator=g).images[0]
-                for s, g in zip(scales, generators, strict=True)
-            ]
-        )
-    return contact_sheet(rows) if rows else None
 
 
 def _own_sigmas(settings: Settings, teacher: Teacher) -> list[float] | None:

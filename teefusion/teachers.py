@@ -137,12 +137,22 @@ def load_transformer(settings: TeacherSettings) -> tuple[Any, Family]:
 
     Raises what ``load_teacher`` raises.
     """
+    return _load_part(settings, "transformer")
+
+
+def load_vae(settings: TeacherSettings) -> Any:
+    """The teacher's autoencoder alone, frozen, in float32 on the CPU. Raises what ``load_teacher`` raises."""
+    vae, _ = _load_part(settings, "vae")
+    return vae.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def _load_part(settings: TeacherSettings, name: str) -> tuple[Any, Family]:
     source, family, options, index = _identify(settings)
     try:
-        models = load_models(source, index, dtype=torch.float32, error=TeacherError, only=("transformer",), **options)
+        models = load_models(source, index, dtype=torch.float32, error=TeacherError, only=(name,), **options)
     except _LOADING_ERRORS as error:
-        raise TeacherError(f"Cannot load the transformer of {source}: {error}") from error
-    return models["transformer"], family
+        raise TeacherError(f"Cannot load the {name} of {source}: {error}") from error
+    return models[name], family
 
 
 def load_teacher(settings: TeacherSettings, *, device: str = "auto", **parts: Any) -> Teacher:

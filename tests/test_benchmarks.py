@@ -146,11 +146,11 @@ SMALL = ("prompts.heldout_fraction=0.4", "teacher.max_sequence_length=0", "strat
 SMALL += ("targets.states_per_trajectory=3", "targets.shard_trajectories=4", "targets.batch_size=4")
 
 
-def run_training(capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...]) -> Any:
+def run_training(program: str, capsys: pytest.CaptureFixture[str], *arguments: str, settings: tuple[str, ...]) -> Any:
     sets = [part for setting in settings for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["training.py", *arguments, *sets, "--rounds", "1", "--json"])
-        load("training").main()
+        patch.setattr(sys, "argv", [program, *arguments, *sets, "--rounds", "1", "--json"])
+        load(program).main()
     AcceleratorState._reset_state(reset_partial_state=True)  # which Accelerate keeps for the process
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -159,17 +159,33 @@ def test_the_plain_training_loop_has_the_losses_of_ours(
     tiny_teacher: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (*SMALL, f"prompts.source={prompt_file}", "train.batch_size=4", "train.precision=float32")
-    options = ("--teacher", str(tiny_teacher), "--steps", "3", "--trajectories", "8", "--no-s3")
-    result = run_training(capsys, *options, settings=settings)
+    options = ("--teacher", str(tiny_teacher), "--steps", "3", "--trajectories", "8")
+    result = run_training("training", capsys, *options, settings=settings)
     assert result["loss_gap"]["greatest"] < 0.01  # targets are stored in float16
     assert result["last_losses"]["same_step"] == pytest.approx(result["last_losses"]["ours"], rel=0.01)
     assert result["speedup_vs_plain"] > 0
     assert 0 <= result["data_wait_share"] < 1
+    assert 0 <= result["data_wait_share_s3"] < 1
 
 
 def test_the_parts_of_a_training_step_make_the_whole(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--architecture", str(tiny_teacher), "--device", "cpu", "--batch-size", "2", "--peak", "mine:1")
-    result = run_training(capsys, *options, settings=("teacher.max_sequence_length=0",))
+    result = run_training("training_shape", capsys, *options, settings=("teacher.max_sequence_length=0",))
     assert set(result["parts_seconds"]) == {"data", "forward", "backward", "optimizer", "other"}
     assert all(seconds > 0 for seconds in result["parts_seconds"].values())
     assert result["mfu"] == pytest.approx(result["step_flops"] / result["step_seconds"]["median"] / 1e12)
+
+
+def test_one_law_is_fitted_to_the_steps_of_all_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = load("training_scaling")
+    monkeypatch.setattr(scaling, "SWEEPS", {"pixels": [32], "batch": [1, 2], "layers": [1]})
+    result = scaling.measure(argparse.Namespace(device="cpu", rounds=1))
+    law = result["law"]
+    for point in result["points"]:
+        expected = law["overhead_seconds"] + law["seconds_per_flop"] * point["flops"]
+        assert point["law_seconds"] == pytest.approx(expected)
+    one, two = (point["flops"] for point in result["points"] if point["sweep"] == "batch")
+    assert two == 2 * one
+    scaling.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert scaling.text(result).count("| batch |") == 2

@@ -33,10 +33,10 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(settings: str, prompts: str, targets: str, output: str, begins: Any) -> None:
     """Body of a run's process, which says when all is built and its steps begin."""
-    from teefusion import training
+    from teefusion import training, training_run
 
-    load = training.load_latest
-    training.load_latest = lambda *arguments: (load(*arguments), begins.set())[0]
+    load = training_run.load_latest
+    training_run.load_latest = lambda *arguments: (load(*arguments), begins.set())[0]
     training.train(settings_from_json(settings), prompts=Path(prompts), targets=targets, output=Path(output))
 
 

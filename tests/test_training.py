@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +14,24 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from teefusion import training
 from teefusion.errors import IntegrityError, InterruptedRunError, SettingsError, TrainingError
 from teefusion.launch import run_training
 from teefusion.manifests import Manifest, write_manifest
+from teefusion.pictures import contact_sheet
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
 from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.students import load_student
 from teefusion.target_sets import generate_targets
+from teefusion.training_run import Run
 
 Make = Callable[..., Settings]
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 class Job:
@@ -88,14 +95,14 @@ def test_the_same_run_twice_gives_the_same_bits(job: Job) -> None:
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    after_step = training._Run._after_step
+    after_step = Run._after_step
 
     def stop(self: Any, *arguments: Any) -> None:
         after_step(self, *arguments)
         if self.position.step == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "_after_step", stop)
+    monkeypatch.setattr(Run, "_after_step", stop)
 
 
 def test_interrupted_it_resumes_and_ends_bit_identical(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +144,9 @@ def test_accumulated_micro_batches_take_the_same_steps(job: Job) -> None:
 
 def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
     job.train("one")
-    record = job.train("two", {"train.num_processes": 2})
+    record = job.train("two", {"train.num_processes": 2, "train.sample_every": 3})
     assert record["ranks"] == 2
+    assert sorted(logged_pictures(job.make())) == ["samples.png", "samples/step-00000003.png"]
     assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
 
 
@@ -182,7 +190,8 @@ def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(j
     settings = job.make({"targets.states_per_trajectory": 4, "targets.trajectories": 16})
     manifest = generate_targets(settings, load_prompt_set(job.prompts), FolderStore(job.targets))
     values = {"targets.states_per_trajectory": 4, "targets.trajectories": 16, "student.num_steps": 2}
-    record = job.train("short", values | {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9})
+    values |= {"train.steps": 60, "train.learning_rate": 3e-3, "train.ema_decay": 0.9}
+    record = job.train("short", values)
     curve = [residual for _, residual in record["residual_curve"]]
     assert curve[-1] < curve[0]
     student = load_student(job.folder / "short" / "student")
@@ -190,6 +199,7 @@ def test_a_student_of_fewer_steps_walks_every_other_point_of_its_teachers_grid(j
     student.transformer.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     student("star", guidance_scale=3.0)
     assert calls == [1, 1]
+    assert_shown(logged_pictures(job.make(values))["samples.png"], student, job, steps=2)
     expected = [manifest.sigmas[k] for k in (0, 2, 4)]
     assert student.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -224,13 +234,14 @@ def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job, monkey
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The loss of these steps is not finite."""
-    loss = training._Run._loss
+    """The targets of these steps are not finite."""
+    step = Run.step
 
-    def poisoned(self: Any, states: Any) -> torch.Tensor:
-        return loss(self, states) * (float("nan") if self.position.step in steps else 1.0)
+    def poisoned(self: Any, states: Any) -> Any:
+        bad = float("nan") if self.position.step in steps else 1.0
+        return step(self, dataclasses.replace(states, velocity_BCHW=states.velocity_BCHW * bad))
 
-    monkeypatch.setattr(training._Run, "_loss", poisoned)
+    monkeypatch.setattr(Run, "step", poisoned)
 
 
 def test_a_loss_that_stays_non_finite_stops_the_run_and_names_the_states(
@@ -255,14 +266,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_sigterm_leaves_a_checkpoint_to_continue_from(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.train("whole")
     with monkeypatch.context() as patch:
-        step = training._Run._step
+        step = Run.step
 
         def told_to_stop(self: Any, states: Any) -> Any:
             if self.position.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(self, states)
 
-        patch.setattr(training._Run, "_step", told_to_stop)
+        patch.setattr(Run, "step", told_to_stop)
         with pytest.raises(InterruptedRunError, match=r"at step 3 of 6; a checkpoint is in") as told:
             job.train("stopped")
     assert told.value.exit_code == 75
@@ -274,6 +285,24 @@ def test_checkpointed_activations_take_the_same_steps(job: Job) -> None:
     job.train("whole")
     job.train("again", {"train.gradient_checkpointing": True})
     assert_close(job.weights("whole"), job.weights("again"), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_student_takes_the_same_steps(job: Job) -> None:
+    ends = []
+    for compiled in (False, True):
+        settings, store = job.make({"train.compile": compiled}), FolderStore(job.targets)
+        run = Run(settings, job.manifest, store, job.folder / "run", tracked=False)
+        batches = run.batches()
+        for _ in range(3):
+            run.step(next(batches).to(run.device))
+        ends.append(run.engine.whole_weights())
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plain, fast = ends
+    names = [name for name in plain if not torch.equal(plain[name], fast[name])]
+    assert names, "compiled kernels round otherwise: none ran"
+    assert_close(plain, fast, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["affine", "distill_cfg"])
@@ -302,12 +331,44 @@ def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
     assert_equal(job.weights("whole"), job.weights("broken"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not BITSANDBYTES, reason="needs bitsandbytes: pip install 'teefusion[adamw-8bit]'")
+def test_eight_bit_adam_keeps_bytes_learns_as_adam_does_and_resumes_exactly(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import make_tiny_teacher
+
+    teacher = tmp_path / "wider"  # bitsandbytes keeps weights of less than 4096 numbers in 32 bits
+    make_tiny_teacher(teacher, head_width=32)
+    values = {"teacher.name": str(teacher), "train.learning_rate": 1e-3, "train.ema_decay": 0.9, "train.steps": 60}
+    values |= {"train.checkpoint_every": 20, "train.eval_every": 60}
+    job = Job(lambda more=None: make_settings(values | (more or {})), tmp_path)
+    plain, whole = job.train("plain"), job.train("whole", {"train.optimizer": "adamw_8bit"})
+    assert whole["guidance_residual"] < whole["residual_curve"][0][1]
+    assert whole["guidance_residual"] == pytest.approx(plain["guidance_residual"], rel=0.05)
+    saved = load_file(next((tmp_path / "whole" / "checkpoints").glob("*40/tensors-00000.safetensors")))
+    wide = [value for name, value in saved.items() if name.startswith("state1.") and value.numel() >= 4096]
+    assert wide
+    assert all(value.dtype == torch.uint8 for value in wide)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 30)
+        with pytest.raises(KeyboardInterrupt):
+            job.train("broken", {"train.optimizer": "adamw_8bit"})
+    assert job.train("broken", {"train.optimizer": "adamw_8bit"})["resumed_from"] == 20
+    assert_equal(job.weights("whole"), job.weights("broken"))
+
+
+@pytest.mark.skipif(BITSANDBYTES, reason="bitsandbytes is installed")
+def test_eight_bit_adam_without_its_library_is_refused(job: Job) -> None:
+    with pytest.raises(TrainingError, match=r"needs the library bitsandbytes.*pip install teefusion\[adamw-8bit\]"):
+        job.train("run", {"train.optimizer": "adamw_8bit"})
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"train.optimizer": "adamw_8bit", "train.zero_stage": 1}, SettingsError, "adamw_8bit and ZeRO do not go"),
         ({"train.offload": True}, SettingsError, "offload is ZeRO's: set zero_stage"),
-        ({"train.optimizer": "adamw_8bit"}, TrainingError, "needs the library bitsandbytes"),
     ],
 )
 def test_what_cannot_be_trained_with_is_refused(
@@ -333,14 +394,40 @@ def test_a_damaged_shard_stops_training(job: Job) -> None:
         job.train("run")
 
 
-def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
+def tracked_run(settings: Settings) -> tuple[Any, Any]:
+    """MLflow's client, and the run of these settings."""
     from teefusion.tracking import RUN_KEY_TAG, connect
 
-    job.train("run")
-    settings = job.make()
     client = connect(settings)
     experiment = client.get_experiment_by_name("teefusion")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
+    return client, run
+
+
+def logged_pictures(settings: Settings) -> dict[str, Image.Image]:
+    """The pictures of the run's artifacts, by path."""
+    client, run = tracked_run(settings)
+    paths = [item.path for folder in ("", "samples") for item in client.list_artifacts(run.info.run_id, folder)]
+    return {p: Image.open(client.download_artifacts(run.info.run_id, p)) for p in paths if p.endswith(".png")}
+
+
+def assert_shown(sheet: Image.Image, student: Any, job: Job, *, steps: int = 4) -> None:
+    """The sheet is what the exported student makes, but for rounding: four held-out prompts, s from 1 to 7."""
+    settings, prompts = job.make().strategy, load_prompt_set(job.prompts).heldout[:4]
+    scales = torch.linspace(settings.guidance_min, settings.guidance_max, 4).tolist()
+
+    def picture(prompt: str, s: float) -> Image.Image:
+        noise = torch.Generator().manual_seed(0)
+        return student(prompt, guidance_scale=s, num_inference_steps=steps, generator=noise).images[0]
+
+    rows = [[picture(prompt.text, s) for s in scales] for prompt in prompts]
+    difference = ImageChops.difference(sheet, contact_sheet(rows))
+    assert max(high for _, high in difference.getextrema()) <= 2
+
+
+def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
+    job.train("run")
+    client, run = tracked_run(job.make())
     assert run.data.params["train.steps"] == "6"
     assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
     assert {"train/grad_norm", "train/learning_rate", "train/states_per_second"} <= run.data.metrics.keys()
@@ -348,4 +435,29 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> N
     assert 0 <= run.data.metrics["train/data_wait_share"] < 1
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
     assert steps == [0, 3, 6]
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["samples.png"]
+    first = load_prompt_set(job.prompts).heldout[0].text
+    assert run.data.params["samples.1"] == first
+    assert list(logged_pictures(job.make())) == ["samples.png"]
+
+
+def test_a_run_that_is_named_in_the_environment_is_adopted(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teefusion.tracking import connect
+
+    client = connect(job.make())
+    mine = client.create_run(client.create_experiment("mine")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
+    job.train("run")
+    assert "guidance_residual" in client.get_run(mine).data.metrics
+    assert client.get_experiment_by_name("teefusion") is None
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_sheets_of_samples_are_drawn_while_training_and_change_nothing(job: Job, lora_rank: int | None) -> None:
+    values = {"train.learning_rate": 1e-2, "train.ema_decay": 0.5, "train.lora_rank": lora_rank}
+    job.train("without", values)
+    job.train("with", values | {"train.sample_every": 2})
+    assert_equal(job.weights("without"), job.weights("with"))
+    sheets = logged_pictures(job.make(values))
+    assert sorted(sheets) == ["samples.png", "samples/step-00000002.png", "samples/step-00000004.png"]
+    assert len({sheet.tobytes() for sheet in sheets.values()}) == 3
+    assert_shown(sheets["samples.png"], load_student(job.folder / "with" / "student"), job)

@@ -60,6 +60,8 @@ class TrainSettings(Section):
     """Steps between logged losses."""
     eval_every: int = Field(default=500, gt=0)
     """Steps between guidance residuals on held-out states."""
+    sample_every: int = Field(default=0, ge=0)
+    """Steps between sheets of sample pictures; 0: one at the end alone."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -71,8 +73,8 @@ class TrainSettings(Section):
     """torchrun: how often all ranks start again, from the last checkpoint, when one of them dies."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"max_restarts", "log_every", "checkpoint_every", "keep_checkpoints", "num_processes", "max_skipped_steps"}
-        | {"zero_stage", "offload", "gradient_checkpointing", "compile"}
+        {"max_restarts", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "num_processes"}
+        | {"max_skipped_steps", "zero_stage", "offload", "gradient_checkpointing", "compile"}
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with; no program of its own."""
+"""What several programs of this folder share: clocks, spreads, and settings from the command line."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Clock = Callable[[], float]
 
-def synchronize(device: str) -> None:
+
+def synchronize(device: Any) -> None:
     """Wait for a GPU; nothing to wait for on a CPU."""
     import torch
 
-    if device.startswith("cuda"):
+    if str(device).startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
-def timed(work: Callable[[], object], device: str) -> float:
+def timed(work: Callable[[], object], device: Any, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call."""
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
-class Clock:
+class ForwardClock:
     """Seconds inside a transformer's forwards. On a GPU it waits before and after each, which costs a little."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
-    def on(self, transformer: Any, device: str) -> Iterator[Clock]:
+    def on(self, transformer: Any, device: str) -> Iterator[ForwardClock]:
         """Count while the block runs."""
 
         def enter(*_: Any) -> None:
@@ -60,3 +62,11 @@ def spread(values: list[float]) -> dict[str, float]:
 def rate_text(values: dict[str, float]) -> str:
     """For people: median, and least to greatest."""
     return f"{values['median']:8.3f} ({values['least']:.3f} to {values['greatest']:.3f})"
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A setting by its dotted name, as in ``train.zero_stage=2``."""
+    import yaml
+
+    key, _, value = text.partition("=")
+    return key, yaml.safe_load(value)
