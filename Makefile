@@ -11,6 +11,8 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
+# Hardly a test has use for two cores, so files of tests share them out, each on one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 MANIFESTS := pyproject.toml constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -33,10 +35,10 @@ install-dev: $(INSTALLED_DEV)  ## Make .venv with the tools of developers too
 deepspeed: $(INSTALLED_DEEPSPEED)  ## Add DeepSpeed to .venv; on CPU it takes a C++ compiler to run
 
 test: $(INSTALLED_DEV)  ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)  ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-zero: $(INSTALLED_DEV) $(INSTALLED_DEEPSPEED)  ## Run the tests of DeepSpeed ZeRO; they take a C++ compiler
 	$(BIN)/python -m pytest -m slow tests/test_zero.py
