@@ -12,6 +12,7 @@ from teefusion.scorer_names import BUNDLED
 from teefusion.settings import Settings, TeacherSettings, WeightsSource
 
 _BUNDLED_TEACHER = "bundled:shapes"
+_DIGEST = "sha256:"
 
 
 def bundled_path(uri: str) -> Path | None:
@@ -54,9 +55,9 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
     """``sha256:...`` over a file or the files of a folder; the commit of a hub id. Raises TeacherError."""
     folder = bundled_path(source.uri)
     if folder is not None:
-        return f"sha256:{sha256_folder(folder)[:16]}"
+        return f"{_DIGEST}{sha256_folder(folder)[:16]}"
     if Path(source.uri).is_file():
-        return f"sha256:{sha256_file(Path(source.uri))[:16]}"
+        return f"{_DIGEST}{sha256_file(Path(source.uri))[:16]}"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the network, and all of the hub's
 
@@ -92,10 +93,19 @@ def pin(settings: Settings, *, elsewhere: bool = False) -> Settings:
     """The settings with revisions and prompt digest filled in, so that they describe one run for good.
 
     With ``elsewhere``, absolute paths that are not on this machine are left as they are: a cluster's volume has them.
+    Raises TeacherError for files that are not of the revision given.
     """
 
     def revision(source: TeacherSettings | WeightsSource) -> str | None:
-        return source.revision if elsewhere and _is_away(source.uri) else revision_of(source)
+        if elsewhere and _is_away(source.uri):
+            return source.revision
+        found = revision_of(source)
+        if found.startswith(_DIGEST) and source.revision not in (None, found):
+            raise TeacherError(
+                f"{source.uri} is not revision {source.revision}: its files have the digest {found}. Restore them, or "
+                "leave the revision out to take them as they are."
+            )
+        return found
 
     teacher = settings.teacher.model_copy(update={"revision": revision(settings.teacher)})
     prompts = settings.prompts

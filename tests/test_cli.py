@@ -132,6 +132,11 @@ def test_a_teacher_of_no_known_family_is_refused_by_name(tmp_path: Path, prompt_
     assert_one_message(result, 2, "SanaTransformer2DModel cannot be fused", "SD3Transformer2DModel")
 
 
+def test_a_teacher_of_another_revision_than_the_one_asked_for_is_refused(tmp_path: Path) -> None:
+    result = invoke("targets", "--revision", "sha256:0123456789abcdef", "--workdir", str(tmp_path / "w"))
+    assert_one_message(result, 2, "bundled:shapes is not revision sha256:0123456789abcdef", "leave the revision out")
+
+
 def test_a_stage_without_its_input_names_the_command_that_makes_it(tmp_path: Path, prompt_file: Path) -> None:
     options = ["--workdir", str(tmp_path / "w"), "--prompts", str(prompt_file)]
     assert_one_message(invoke("train", *options), 1, "Run 'teefusion targets' first")
