@@ -18,6 +18,15 @@ import websocket
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",  # a container's root has none; the page is ours
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
+
 
 class Browser:
     """``with Browser(folder) as browser``: one page, over the DevTools protocol. Skips the test without Chromium."""
@@ -26,12 +35,7 @@ class Browser:
         if BROWSER is None:
             pytest.skip("no Chromium here: apt-get install chromium")
         options = [
-            "--headless",
-            "--no-sandbox",  # a container's root has none; the page is ours
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
+            *OPTIONS,
             "--remote-debugging-port=0",
             "--remote-allow-origins=*",
             f"--user-data-dir={folder / 'profile'}",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import BROWSER, Browser
+from tests.browser import BROWSER, OPTIONS, Browser
 from tests.reports import Page
 
 
@@ -46,12 +46,7 @@ def browse(html: str, folder: Path) -> tuple[str, list[str]]:
     file.write_text(html, encoding="utf-8")
     with Proxy() as proxy:
         options = [
-            "--headless",
-            "--no-sandbox",  # a container's root has none; the page is ours
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
+            *OPTIONS,
             f"--user-data-dir={folder / 'profile'}",
             f"--proxy-server=127.0.0.1:{proxy.server.server_address[1]}",
             "--proxy-bypass-list=<-loopback>",
