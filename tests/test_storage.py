@@ -75,6 +75,21 @@ def test_one_of_many_creates(store: Store) -> None:
     assert store.read("claim") == str(won[0]).encode()
 
 
+def test_what_another_created_and_removed_at_once_is_not_ours(
+    server: str, credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = s3(server, f"s3://{BUCKET}/removed")
+    assert store.create("claim", b"another")
+    read = store.read
+
+    def read_too_late(name: str) -> bytes:
+        store.delete(name)
+        return read(name)
+
+    monkeypatch.setattr(store, "read", read_too_late)
+    assert not store.create("claim", b"ours")
+
+
 def test_large_objects_travel_in_parts(server: str, credentials: None) -> None:
     store, data = s3(server, multipart_mb=5), bytes(range(256)) * 50_000
     store.write("large", data)

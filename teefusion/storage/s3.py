@@ -99,8 +99,10 @@ class S3Store:
                     return self._create_unconditionally(name, data)
                 if code != "PreconditionFailed":
                     raise
-        # The answer to an earlier attempt of this very call may have been lost on its way.
-        return self.read(name) == data
+        try:
+            return self.read(name) == data  # the answer to an earlier attempt of this very call may have been lost
+        except NotFoundError:  # another's, and removed since: claims are, as soon as the work is done
+            return False
 
     def _create_unconditionally(self, name: str, data: bytes) -> bool:
         if self.size(name) is not None:
