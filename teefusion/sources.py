@@ -58,6 +58,8 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
         return f"{_DIGEST}{sha256_folder(folder)[:16]}"
     if Path(source.uri).is_file():
         return f"{_DIGEST}{sha256_file(Path(source.uri))[:16]}"
+    if _is_path(source.uri):
+        raise TeacherError(f"{source.uri} is not on this machine. Correct the path, or give a hub id, owner/name.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the network, and all of the hub's
 
@@ -74,14 +76,14 @@ def revision_of(source: TeacherSettings | WeightsSource) -> str:
 
 
 def paths_of(settings: Settings) -> dict[str, str]:
-    """Sources that are plainly paths, by their setting. Hub ids look like relative paths, so those need a dot first."""
+    """Sources that are plainly paths, by their setting."""
     strategy = settings.strategy
     sources = {
         "teacher.uri": settings.teacher.uri,
         "strategy.second.uri": strategy.second.uri if strategy.second else None,
         "strategy.lora.uri": strategy.lora.uri if strategy.lora else None,
     }
-    paths = {name: uri for name, uri in sources.items() if uri and uri.startswith(("/", "./", "../", "~"))}
+    paths = {name: uri for name, uri in sources.items() if uri and _is_path(uri)}
     if settings.prompts.source != _BUNDLED_TEACHER:
         paths["prompts.source"] = settings.prompts.source
     if settings.targets.images:
@@ -122,6 +124,11 @@ def pin(settings: Settings, *, elsewhere: bool = False) -> Settings:
         digest = sha256_folder(Path(settings.targets.images))
         changed["targets"] = settings.targets.model_copy(update={"images_sha256": digest})
     return settings.model_copy(update=changed)
+
+
+def _is_path(uri: str) -> bool:
+    """Hub ids look like relative paths, so those need a dot first."""
+    return uri.startswith(("/", "./", "../", "~"))
 
 
 def _is_away(path: str) -> bool:

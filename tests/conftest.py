@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from teefusion.settings import Settings, load_settings
+
+if TYPE_CHECKING:  # with torch, for which no test should wait that has no use for it
+    from tests.training_job import Job
 
 # Rules that students of a few steps meet.
 LENIENT_GATE = {"gate.margin": 0.99, "gate.style_margin": 0.99, "gate.max_guidance_residual": 1000}
@@ -213,6 +216,14 @@ def make_settings(tmp_path: Path, tiny_teacher: Path, tiny_scorer: Path, prompt_
         )
 
     return make
+
+
+@pytest.fixture
+def job(make_settings: Callable[..., Settings], tmp_path: Path) -> Job:
+    """A tiny prompt set and target set to train on."""
+    from tests.training_job import Job
+
+    return Job(make_settings, tmp_path)
 
 
 def tiny_overrides(workdir: Path, teacher: Path, scorer: Path, prompts: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 
 from teefusion.files import read_json
 from teefusion.settings import Settings, settings_from_json
-from tests.test_training import Job, assert_equal
+from tests.training_job import Job, assert_equal
 
 Make = Callable[..., Settings]
 

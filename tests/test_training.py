@@ -1,13 +1,10 @@
-"""Training: resumes exactly, learns, exports a student of the teacher's size; one process and torchrun alike."""
+"""Training: learns, exports a student of the teacher's size; one process and torchrun alike."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import logging
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,58 +12,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from teefusion.errors import IntegrityError, InterruptedRunError, SettingsError, TrainingError
-from teefusion.launch import run_training
-from teefusion.manifests import Manifest, write_manifest
-from teefusion.pictures import contact_sheet
+from teefusion.errors import IntegrityError, SettingsError, TrainingError
+from teefusion.manifests import write_manifest
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings
-from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.students import load_student
 from teefusion.target_sets import generate_targets
 from teefusion.training_run import Run
+from tests.training_job import Job, assert_close, assert_equal, assert_shown, logged_pictures
 
 Make = Callable[..., Settings]
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
-
-
-class Job:
-    """A prompt set and a target set, and training on them."""
-
-    def __init__(self, make_settings: Make, folder: Path) -> None:
-        self.make, self.folder = make_settings, folder
-        self.prompts = Path(ingest(make_settings()).output)
-        self.targets = folder / "targets"
-        self.manifest: Manifest = generate_targets(
-            make_settings(), load_prompt_set(self.prompts), FolderStore(self.targets)
-        )
-
-    def train(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        return run_training(
-            self.make(overrides), prompts=self.prompts, targets=str(self.targets), output=self.folder / name
-        )
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / name / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-@pytest.fixture
-def job(make_settings: Make, tmp_path: Path) -> Job:
-    return Job(make_settings, tmp_path)
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], atol=atol, rtol=0)
 
 
 def test_it_learns_and_the_record_says_so(job: Job) -> None:
@@ -94,48 +53,6 @@ def test_the_same_run_twice_gives_the_same_bits(job: Job) -> None:
     assert_equal(job.weights("one"), job.weights("two"))
 
 
-def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    after_step = Run._after_step
-
-    def stop(self: Any, *arguments: Any) -> None:
-        after_step(self, *arguments)
-        if self.position.step == steps:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "_after_step", stop)
-
-
-def test_interrupted_it_resumes_and_ends_bit_identical(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.train("whole")
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)  # checkpoints are at 2 and 4
-        with pytest.raises(KeyboardInterrupt):
-            job.train("broken")
-    assert not (job.folder / "broken" / "training.json").exists()
-    record = job.train("broken")
-    assert record["resumed_from"] == 4
-    assert_equal(job.weights("whole"), job.weights("broken"))
-
-
-def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(
-    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    job.train("whole")
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            job.train("broken")
-    path = next((job.folder / "broken" / "checkpoints" / "step-00000004").glob("tensors-*.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    with caplog.at_level(logging.WARNING):
-        record = job.train("broken")
-    assert "step-00000004 is corrupt" in caplog.text
-    assert record["resumed_from"] == 2
-    assert_equal(job.weights("whole"), job.weights("broken"))
-
-
 def test_accumulated_micro_batches_take_the_same_steps(job: Job) -> None:
     job.train("whole")
     job.train("parts", {"train.gradient_accumulation_steps": 2})
@@ -148,17 +65,6 @@ def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
     assert record["ranks"] == 2
     assert sorted(logged_pictures(job.make())) == ["samples.png", "samples/step-00000003.png"]
     assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
-
-
-def test_a_checkpoint_of_two_ranks_continues_on_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.train("whole")
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            job.train("moved")
-    record = job.train("moved", {"train.num_processes": 2})
-    assert record["resumed_from"] == 4
-    assert_close(job.weights("whole"), job.weights("moved"), atol=1e-5)
 
 
 def test_bfloat16_keeps_float32_master_weights(job: Job) -> None:
@@ -219,16 +125,13 @@ def test_a_student_grid_that_the_targets_cannot_give_is_refused(
         make_settings(values)
 
 
-def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_on_the_students_own_states_and_resumes_there(job: Job) -> None:
     values = {"train.states": "student", "train.steps": 30, "train.learning_rate": 3e-3, "train.ema_decay": 0.5}
     values |= {"train.checkpoint_every": 10, "train.eval_every": 30}
     record = job.train("whole", values)
     curve = [residual for _, residual in record["residual_curve"]]
     assert curve[-1] < curve[0]
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 15)
-        with pytest.raises(KeyboardInterrupt):
-            job.train("broken", values)
+    job.break_off("broken", values, after=15)
     assert job.train("broken", values)["resumed_from"] == 10
     assert_equal(job.weights("whole"), job.weights("broken"))
 
@@ -263,24 +166,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert all(bool(torch.isfinite(value).all()) for value in job.weights("skipping").values())
 
 
-def test_sigterm_leaves_a_checkpoint_to_continue_from(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.train("whole")
-    with monkeypatch.context() as patch:
-        step = Run.step
-
-        def told_to_stop(self: Any, states: Any) -> Any:
-            if self.position.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self, states)
-
-        patch.setattr(Run, "step", told_to_stop)
-        with pytest.raises(InterruptedRunError, match=r"at step 3 of 6; a checkpoint is in") as told:
-            job.train("stopped")
-    assert told.value.exit_code == 75
-    assert job.train("stopped")["resumed_from"] == 3
-    assert_equal(job.weights("whole"), job.weights("stopped"))
-
-
 def test_checkpointed_activations_take_the_same_steps(job: Job) -> None:
     job.train("whole")
     job.train("again", {"train.gradient_checkpointing": True})
@@ -307,7 +192,7 @@ def test_a_compiled_student_takes_the_same_steps(job: Job) -> None:
 
 @pytest.mark.parametrize("variant", ["affine", "distill_cfg"])
 def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
-    job: Job, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+    job: Job, tiny_teacher: Path, variant: str
 ) -> None:
     options = {"train.lora_rank": 2, "train.learning_rate": 1e-2, "train.ema_decay": 0.5, "fusion.variant": variant}
     record = job.train("whole", options)
@@ -323,10 +208,7 @@ def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
     assert bool(added) == (variant == "distill_cfg")
     loaded = load_student(job.folder / "whole" / "student")
     assert sum(weight.numel() for weight in loaded.transformer.parameters()) == record["parameters"]
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            job.train("broken", options)
+    job.break_off("broken", options, after=5)
     assert job.train("broken", options)["resumed_from"] == 4
     assert_equal(job.weights("whole"), job.weights("broken"))
 
@@ -334,7 +216,7 @@ def test_a_lora_trains_few_parameters_and_its_student_has_the_teachers_alone(
 @pytest.mark.slow
 @pytest.mark.skipif(not BITSANDBYTES, reason="needs bitsandbytes: pip install 'teefusion[adamw-8bit]'")
 def test_eight_bit_adam_keeps_bytes_learns_as_adam_does_and_resumes_exactly(
-    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_settings: Make, tmp_path: Path
 ) -> None:
     from tests.conftest import make_tiny_teacher
 
@@ -350,10 +232,7 @@ def test_eight_bit_adam_keeps_bytes_learns_as_adam_does_and_resumes_exactly(
     wide = [value for name, value in saved.items() if name.startswith("state1.") and value.numel() >= 4096]
     assert wide
     assert all(value.dtype == torch.uint8 for value in wide)
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 30)
-        with pytest.raises(KeyboardInterrupt):
-            job.train("broken", {"train.optimizer": "adamw_8bit"})
+    job.break_off("broken", {"train.optimizer": "adamw_8bit"}, after=30)
     assert job.train("broken", {"train.optimizer": "adamw_8bit"})["resumed_from"] == 20
     assert_equal(job.weights("whole"), job.weights("broken"))
 
@@ -392,72 +271,3 @@ def test_a_damaged_shard_stops_training(job: Job) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(IntegrityError, match="train-00000.safetensors is corrupt"):
         job.train("run")
-
-
-def tracked_run(settings: Settings) -> tuple[Any, Any]:
-    """MLflow's client, and the run of these settings."""
-    from teefusion.tracking import RUN_KEY_TAG, connect
-
-    client = connect(settings)
-    experiment = client.get_experiment_by_name("teefusion")
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{settings.run_key}'")
-    return client, run
-
-
-def logged_pictures(settings: Settings) -> dict[str, Image.Image]:
-    """The pictures of the run's artifacts, by path."""
-    client, run = tracked_run(settings)
-    paths = [item.path for folder in ("", "samples") for item in client.list_artifacts(run.info.run_id, folder)]
-    return {p: Image.open(client.download_artifacts(run.info.run_id, p)) for p in paths if p.endswith(".png")}
-
-
-def assert_shown(sheet: Image.Image, student: Any, job: Job, *, steps: int = 4) -> None:
-    """The sheet is what the exported student makes, but for rounding: four held-out prompts, s from 1 to 7."""
-    settings, prompts = job.make().strategy, load_prompt_set(job.prompts).heldout[:4]
-    scales = torch.linspace(settings.guidance_min, settings.guidance_max, 4).tolist()
-
-    def picture(prompt: str, s: float) -> Image.Image:
-        noise = torch.Generator().manual_seed(0)
-        return student(prompt, guidance_scale=s, num_inference_steps=steps, generator=noise).images[0]
-
-    rows = [[picture(prompt.text, s) for s in scales] for prompt in prompts]
-    difference = ImageChops.difference(sheet, contact_sheet(rows))
-    assert max(high for _, high in difference.getextrema()) <= 2
-
-
-def test_the_run_is_in_mlflow_with_parameters_curves_and_pictures(job: Job) -> None:
-    job.train("run")
-    client, run = tracked_run(job.make())
-    assert run.data.params["train.steps"] == "6"
-    assert {"train/loss", "heldout/guidance_residual", "guidance_residual"} <= run.data.metrics.keys()
-    assert {"train/grad_norm", "train/learning_rate", "train/states_per_second"} <= run.data.metrics.keys()
-    assert any(name.startswith("heldout/residual_sigma_") for name in run.data.metrics)
-    assert 0 <= run.data.metrics["train/data_wait_share"] < 1
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "heldout/guidance_residual")]
-    assert steps == [0, 3, 6]
-    first = load_prompt_set(job.prompts).heldout[0].text
-    assert run.data.params["samples.1"] == first
-    assert list(logged_pictures(job.make())) == ["samples.png"]
-
-
-def test_a_run_that_is_named_in_the_environment_is_adopted(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from teefusion.tracking import connect
-
-    client = connect(job.make())
-    mine = client.create_run(client.create_experiment("mine")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
-    job.train("run")
-    assert "guidance_residual" in client.get_run(mine).data.metrics
-    assert client.get_experiment_by_name("teefusion") is None
-
-
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_sheets_of_samples_are_drawn_while_training_and_change_nothing(job: Job, lora_rank: int | None) -> None:
-    values = {"train.learning_rate": 1e-2, "train.ema_decay": 0.5, "train.lora_rank": lora_rank}
-    job.train("without", values)
-    job.train("with", values | {"train.sample_every": 2})
-    assert_equal(job.weights("without"), job.weights("with"))
-    sheets = logged_pictures(job.make(values))
-    assert sorted(sheets) == ["samples.png", "samples/step-00000002.png", "samples/step-00000004.png"]
-    assert len({sheet.tobytes() for sheet in sheets.values()}) == 3
-    assert_shown(sheets["samples.png"], load_student(job.folder / "with" / "student"), job)

@@ -196,7 +196,7 @@ def test_a_lora_of_another_base_is_refused(
 def test_a_lora_that_is_none_is_refused(make_settings: Make, teacher: Teacher, tmp_path: Path) -> None:
     file = tmp_path / "rubbish.safetensors"
     file.write_bytes(b"rubbish" * 10)
-    for uri, message in ((file, "cannot be read"), (tmp_path / "missing", "Cannot look up")):
+    for uri, message in ((file, "cannot be read"), (tmp_path / "missing", "is not on this machine")):
         values = StrategySettings(name="w2sd", lora={"uri": str(uri)}, strong={"lora_scale": 1.0})
         with pytest.raises(TeacherError, match=message):
             with_weights(teacher, values)

@@ -16,7 +16,7 @@ from PIL import ImageChops
 from teefusion.engine import Engine
 from teefusion.settings import Settings, TrainSettings
 from tests.test_kills import killer
-from tests.test_training import Job, assert_close, assert_equal, logged_pictures
+from tests.training_job import Job, assert_close, assert_equal, logged_pictures
 
 Make = Callable[..., Settings]
 MISSING = importlib.util.find_spec("deepspeed") is None or not shutil.which("c++")
