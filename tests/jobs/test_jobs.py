@@ -178,11 +178,12 @@ def test_a_step_that_cannot_be_read_makes_a_job_without_an_owner(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_deletes_the_job(server: ApiServer, tmp_path: Path, number: int) -> None:
     program = (
-        "import logging, sys\n"
+        "import logging, signal, sys\n"
         "from pathlib import Path\n"
         "from teefusion import launch\n"
         "from teefusion.settings import settings_from_json\n"
         "logging.basicConfig(level=logging.INFO)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where a shell runs tests in background
         "launch.run_targets(settings_from_json(sys.argv[1]), prompts=Path('/shared/p'), output='s3://bucket/t')\n"
     )
     chosen = settings(namespace=None)
