@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from teefusion.errors import RegistryError
 from teefusion.registry import promotion, resolve
@@ -226,6 +227,40 @@ def test_an_alias_written_after_another_promotion_does_not_stay(settings: Settin
     use(None)
     assert assert_settled(store_of(settings)).line == ("3", "2", "1")
     assert aliases(settings) == {"champion": "3", "previous": "2"}
+
+
+def test_an_alias_that_another_inserts_at_the_same_moment_is_updated(settings: Settings, use: Use) -> None:
+    """As PostgreSQL has it: both saw no alias, and the second row of the same name is refused."""
+    late = MortalClient(connect(settings))
+    refused = ["champion"]
+
+    def overtake(method: str) -> None:
+        if method == "set_registered_model_alias" and refused:
+            refused.clear()
+            raise MlflowException("(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint")
+
+    late.before = overtake
+    use(late)
+    promote(settings, "m", "1")
+    assert aliases(settings) == {"champion": "1"}
+
+
+def test_who_is_overtaken_and_hears_nothing_has_lost(settings: Settings, use: Use) -> None:
+    late, overtaken = MortalClient(connect(settings)), threading.Event()
+
+    def overtake(method: str) -> None:
+        if method == "create_model_version" and not overtaken.is_set():
+            overtaken.set()
+            use(None)
+            promote(settings, "m", "3")
+            use(late)
+            raise MlflowException("(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint")
+
+    late.before = overtake
+    use(late)
+    with pytest.raises(RegistryError, match="moved the champion of m to version 3 at the same time"):
+        promote(settings, "m", "2")
+    assert aliases(settings) == {"champion": "3"}
 
 
 @pytest.mark.slow

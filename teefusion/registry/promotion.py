@@ -171,7 +171,7 @@ def _decide(
     if any(found.token == token for found in settled.entries):
         return Move(store.name, entry.champion, _below(entry.line), changed=True)
     won = next((found for found in settled.entries if found.number > entry.after), None)
-    if failure or won is None:
+    if won is None:
         raise failure or TrackingError(f"MLflow took the move of {store.name} and does not show it. Run again.")
     raise RegistryError(
         f"{won.by} moved the champion of {store.name} to version {won.champion} at the same time, so your {action} to "

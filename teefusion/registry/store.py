@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _PAGE = 1000
+_INSERTED_TWICE = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")  # PostgreSQL, SQLite, MySQL
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class ModelStore:
     def set_override(self, number: str, override: str) -> None:
         """Say on a version that it was promoted against the gate or its digest."""
         with self._call(missing=f"{self.name} has no version {number} any more"):
-            self._client.set_model_version_tag(self.name, number, OVERRIDE_TAG, override)
+            _upsert(lambda: self._client.set_model_version_tag(self.name, number, OVERRIDE_TAG, override))
 
     def set_alias(self, alias: str, number: str | None) -> None:
         """Point an alias to a version, or take it away."""
@@ -119,7 +120,7 @@ class ModelStore:
             if number is None:
                 self._client.delete_registered_model_alias(self.name, alias)
             else:
-                self._client.set_registered_model_alias(self.name, alias, number)
+                _upsert(lambda: self._client.set_registered_model_alias(self.name, alias, number))
 
     def _entries(self) -> tuple[Entry, ...]:
         entries = []
@@ -145,6 +146,18 @@ class ModelStore:
     def _call(self, missing: str | None = None) -> Iterator[None]:
         with mlflow_errors(self._settings, f"read or change {self.name}", missing=missing):
             yield
+
+
+def _upsert(write: Callable[[], object]) -> None:
+    """Write what may be there. Of two who insert it at once, MLflow's database refuses one, which then updates it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        write()
+    except MlflowException as error:
+        if not any(word in str(error) for word in _INSERTED_TWICE):
+            raise
+        write()
 
 
 def ensure_models(client: MlflowClient, name: str) -> None:
