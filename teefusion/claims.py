@@ -3,13 +3,16 @@
 Every item is an object that is published whole. A worker takes an item by creating a claim, which only one can; claims
 say who goes first, not who owns: they have no owner to ask, no clock and no end. When nothing is left to take, a worker
 waits about as long as an item takes, and then takes what is still not published a second time, and so on. So a worker
-that dies costs its unfinished item, one that comes late takes part at once, and none is waited for.
+that dies costs its unfinished item, one that comes late takes part at once, and none is waited for. How long an item
+takes is known to a worker that has made one, and from the word that one left to those that have not.
 
     claims/<item>.<attempt>     in the store, until the work is done
+    claims/longest              seconds that an item took
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -18,11 +21,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from teefusion.errors import NotFoundError
 from teefusion.storage import Store
 
 log = logging.getLogger(__name__)
 CLAIMS = "claims/"
+_LONGEST = f"{CLAIMS}longest"
 _PATIENCE = 2.0  # of the longest item so far, before another's is taken too
+_UNKNOWN_S = 5.0  # taken for an item's time where nobody has made one yet
 _POLL_S = 1.0
 
 Done = TypeVar("Done")
@@ -57,13 +63,15 @@ def work_through(
                 if item is None and granted:
                     started = time.monotonic()
                     item, made = make(name), True
-                    longest_s = max(longest_s, time.monotonic() - started)
+                    if (took_s := time.monotonic() - started) > longest_s:
+                        longest_s = took_s
+                        store.write(_LONGEST, json.dumps(took_s).encode())
             if item is not None:
                 done[name] = item
                 found(item, made)
         missing = [name for name in missing if name not in done]
         if missing:
-            _wait_for_others(missing, find, _PATIENCE * longest_s)
+            _wait_for_others(missing, find, _PATIENCE * (longest_s or _told_longest_s(store)))
             attempt += 1
     return {name: done[name] for name in items}
 
@@ -84,8 +92,18 @@ def _rotated(items: Sequence[str]) -> list[str]:
     return [*items[first:], *items[:first]]
 
 
+def _told_longest_s(store: Store) -> float:
+    """What another worker says, for one that has made nothing itself."""
+    try:
+        return float(json.loads(store.read(_LONGEST)))
+    except NotFoundError:
+        return _UNKNOWN_S
+
+
 def _wait_for_others(missing: Sequence[str], find: Callable[[str], object], patience_s: float) -> None:
     """Return when none of the items is missing any more, or after ``patience_s``."""
+    if patience_s > _POLL_S:
+        log.info("waiting up to %.0f s for %d shards that other workers have claimed", patience_s, len(missing))
     end = time.monotonic() + patience_s
     left = list(missing)
     while time.monotonic() < end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,13 +238,46 @@ def test_the_cache_reads_once_and_keeps_within_its_bounds(tmp_path: Path) -> Non
         store.write(str(k), bytes([k]) * 100)
     cache = CachedReader(store, tmp_path / "near", limit_bytes=450)
     for k in (0, 1, 0, 1):
-        assert cache.read(str(k)) == bytes([k]) * 100
+        assert cache.read_large(str(k)) == bytes([k]) * 100
     assert store.reads == 2
     for k in range(10):
-        assert cache.read(str(k)) == bytes([k]) * 100
+        assert cache.read_large(str(k)) == bytes([k]) * 100
     kept = [path for path in (tmp_path / "near").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) <= 450
     assert len(kept) == 4
+
+
+def test_a_manifest_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "far")
+    cache = CachedReader(store, tmp_path / "near", limit_bytes=450)
+    for text in (b"first", b"after a repair"):
+        store.write("manifest.json", text)
+        assert cache.read("manifest.json") == text
+
+
+def test_without_room_for_copies_all_is_read_from_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = _Counting(tmp_path / "far")
+    store.write("shard", b"shard")
+    (tmp_path / "near").write_bytes(b"a file where the folder would be")
+    cache = CachedReader(store, tmp_path / "near", limit_bytes=450)
+    assert [cache.read_large("shard") for _ in range(3)] == [b"shard"] * 3
+    assert store.reads == 3
+    assert caplog.text.count("Going on without the cache; storage.cache_gb says") == 1
+
+
+def test_making_room_leaves_writes_under_way_alone_but_not_what_kills_left(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "far")
+    for name in "ab":
+        store.write(name, bytes(400))
+    cache = CachedReader(store, tmp_path / "near", limit_bytes=450)
+    cache.read_large("a")
+    (copy,) = (path for path in (tmp_path / "near").rglob("*") if path.is_file())
+    other, left = copy.with_name(".of-another-rank"), copy.with_name(".of-a-killed-one")
+    for path in (other, left):
+        path.write_bytes(bytes(400))
+    os.utime(left, (0, 0))
+    cache.read_large("b")
+    assert {path.name for path in copy.parent.iterdir()} == {"b", other.name}
 
 
 def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_not_used(tmp_path: Path) -> None:

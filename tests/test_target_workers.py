@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import random
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from teefusion.claims import CLAIMS, work_through
+from teefusion import claims
+from teefusion.claims import CLAIMS, forget_claims, work_through
 from teefusion.errors import IntegrityError
 from teefusion.prompts import load_prompt_set
 from teefusion.settings import Settings, StorageSettings, settings_from_json
@@ -175,6 +177,40 @@ def test_the_items_of_the_dead_are_taken(tmp_path: Path) -> None:
         shelf.store.create(f"{CLAIMS}{name}.1", b"somebody else who died")
     work_through(shelf.store, items, shelf.find, shelf.make)
     assert sorted(shelf.made) == items
+
+
+def test_a_worker_that_has_made_nothing_waits_for_those_at_work(tmp_path: Path) -> None:
+    shelf, begun = Shelf(tmp_path), threading.Event()
+
+    def make(name: str) -> bytes:
+        begun.set()
+        time.sleep(1.0)
+        return shelf.make(name)
+
+    arguments = (shelf.store, ["only"], shelf.find)
+    busy = threading.Thread(target=work_through, args=(*arguments, make))
+    busy.start()
+    begun.wait()
+    assert work_through(*arguments, shelf.make) == {"only": b"only"}
+    busy.join()
+    assert shelf.made == ["only"]
+
+
+def test_a_late_worker_knows_from_others_how_long_an_item_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path)
+    work_through(shelf.store, ["a"], shelf.find, shelf.make)
+    shelf.store.create(f"{CLAIMS}b.0", b"somebody who died")
+    with caplog.at_level(logging.INFO):
+        work_through(shelf.store, ["a", "b"], shelf.find, shelf.make)
+        assert "waiting up to" not in caplog.text  # for the few hundredths of a second of two items
+        assert shelf.made == ["a", "b"]
+        forget_claims(shelf.store)
+        shelf.store.create(f"{CLAIMS}c.0", b"somebody who died")
+        monkeypatch.setattr(claims, "_UNKNOWN_S", 0.6)
+        work_through(shelf.store, ["c"], shelf.find, shelf.make)
+        assert "waiting up to 1 s for 1 shards" in caplog.text
 
 
 def test_what_is_published_is_not_made(tmp_path: Path) -> None:
