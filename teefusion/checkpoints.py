@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from teefusion.files import read_json, sha256_file, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 _DIGESTS, _STATE = "digests.json", "state.json"
-_NAME = re.compile(r"step-(\d{8})")
+_NAME, _WRITING = re.compile(r"step-(\d{8})"), ".writing-"
 _FILE_BYTES = 1 << 30  # what the main process gathers in memory before it writes
 
 
@@ -43,10 +43,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, *, position: dict[s
                 f"Cannot write the checkpoint of step {step} in {folder}: {error}. Free some space and run again: "
                 "training continues from the checkpoint before it."
             ) from error
-        kept = {f"step-{number:08d}" for number in _steps(folder)[-keep:]}
-        for path in folder.iterdir():
-            if path.name not in kept:  # older ones, and what a kill left of writing or of removing one
-                shutil.rmtree(path)
+        _drop_all_but(folder, [number for number in _steps(folder) if number <= step][-keep:])
     else:
         for _ in engine.tensors():
             pass
@@ -73,8 +70,19 @@ def load_latest(engine: Engine, folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _drop_all_but(folder: Path, steps: Sequence[int]) -> None:
+    """Of older ones, of later ones, which were corrupt, and of what a kill left of writing or of removing one."""
+    kept = {f"step-{number:08d}" for number in steps}
+    for path in folder.iterdir():
+        if path.name not in kept and (_NAME.fullmatch(path.name) or path.name.startswith(_WRITING)):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # this one costs room, no more
+                log.warning("Cannot remove the old checkpoint %s: %s", path, error)
+
+
 def _publish(engine: Engine, folder: Path, step: int, position: dict[str, Any]) -> None:
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    final, temporary = folder / f"step-{step:08d}", folder / f"{_WRITING}{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for number, tensors in enumerate(_files(engine.tensors())):

@@ -18,6 +18,7 @@ from teefusion.cluster import Cluster, Json
 from teefusion.errors import ClusterError, TrainingError
 from teefusion.joblogs import LogFollower
 from teefusion.settings import JobStage
+from teefusion.stopping import terminable
 from teefusion.trainjobs import DIGEST, NODE, trainjob_name
 
 log = logging.getLogger("teefusion.jobs")
@@ -39,7 +40,7 @@ def run_job(cluster: Cluster, manifest: Mapping[str, Any]) -> None:
     """
     name = manifest["metadata"]["name"]
     cluster.require_runtime()
-    with _terminable():
+    with terminable():
         try:
             _make_or_join(cluster, manifest)
             ended = _Watcher(cluster, name).wait()
@@ -266,23 +267,6 @@ def _failed_first(pods: list[Json]) -> tuple[str, str] | None:
             why = ": ".join(part for part in (status.get("reason"), status.get("message")) if part)
             failed.append(("~", pod["metadata"]["name"], f"failed ({why})"))
     return min(failed)[1:] if failed else None
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, by which Kubernetes and Kubeflow Pipelines stop a step, raises SystemExit within the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _delete_at_once(cluster: Cluster, name: str) -> None:

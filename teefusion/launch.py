@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from teefusion.errors import SettingsError, TeEFusionError, TrainingError
+from teefusion.errors import InterruptedRunError, SettingsError, TeEFusionError, TrainingError
 from teefusion.files import read_json, write_bytes
 from teefusion.manifests import MANIFEST
 from teefusion.settings import JobStage, Settings
+from teefusion.stopping import terminable
 from teefusion.storage import is_remote, local_path
 
 _PUBLISHED_PATIENCE_S = 90.0  # network file systems may remember for a minute that a file was missing
@@ -26,8 +27,9 @@ def run_training(
 
     ``dry_run`` takes a few steps and returns what ``training.dry_run`` does; not as a TrainJob.
 
-    Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code; from a TrainJob what
-    ``jobs.run_job`` raises, and SettingsError where its pods could not reach the folders.
+    Raises what ``training.train`` raises; from torchrun, TrainingError naming the exit code, and InterruptedRunError
+    once its ranks have ended after SIGTERM; from a TrainJob what ``jobs.run_job`` raises, and SettingsError where its
+    pods could not reach the folders.
     """
     if settings.cluster.takes_trainjob("train"):
         if dry_run:
@@ -46,7 +48,13 @@ def run_training(
     arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
     arguments += ["--dry-run"] if dry_run else []
     restarts = 0 if dry_run else settings.train.max_restarts
-    code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments, restarts=restarts)
+    try:
+        code = _torchrun(settings, settings.train.num_processes, "teefusion.training", arguments, restarts=restarts)
+    except SystemExit as stopped:
+        raise InterruptedRunError(
+            f"Training was told to stop. Its ranks leave a checkpoint in {output / 'checkpoints'}: run the same "
+            "command again to continue from it."
+        ) from stopped
     if code:
         raise TrainingError(f"Training under torchrun ended with exit code {code}; the reason is above.")
     record: dict[str, Any] = read_json(output / ("dry-run.json" if dry_run else "training.json"))
@@ -106,10 +114,10 @@ def _torchrun(settings: Settings, processes: int, module: str, arguments: list[s
         command += [f"--max-restarts={restarts}", "-m", module, f"--settings={file}", *arguments]
         # Else the ranks of a restart meet in the store of those before them, and gloo dials addresses of the dead.
         environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
+        with terminable(), subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
             try:
                 return process.wait()
-            except BaseException:  # told to stop: torchrun tells the ranks, which leave a checkpoint
+            except BaseException:  # told to stop: torchrun tells the ranks, and is waited for
                 process.terminate()
                 raise
 

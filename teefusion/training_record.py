@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from teefusion.distillation import ResidualMeter
@@ -48,7 +49,7 @@ def training_record(position: Position, meter: ResidualMeter) -> dict[str, Any]:
         "residual_by_guidance": meter.by_guidance(),
         "residual_by_sigma": meter.by_sigma(),
         "residual_by_sigma_and_guidance": meter.by_sigma_and_guidance(),
-        "residual_curve": position.curve,
+        "residual_curve": [(step, value) for step, value in position.curve if math.isfinite(value)],
         "loss_curve": position.losses,
         "steps": position.step,
         "skipped_steps": position.skipped,

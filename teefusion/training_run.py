@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +204,11 @@ class Run:
     def _export(self, sheet: SampleSheet, resumed: int) -> dict[str, Any]:
         """Save the student and the record; the main process writes, the others take part and wait."""
         meter = self._residual()
+        if not math.isfinite(meter.overall):
+            raise TrainingError(
+                "The averaged weights give velocities on held-out states that are not finite: this student cannot be "
+                "used. Lower train.learning_rate, or train in float32 (train.precision), and run again."
+            )
         self._draw(sheet, "samples.png")
         with self.engine.averaged_weights():
             weights = self.engine.whole_weights()

@@ -27,6 +27,8 @@ from teefusion.storage import Reader
 from teefusion.stream import States, read_null
 from teefusion.teachers import load_transformer
 
+_LEAST_MEASURED = 16  # guidance scales: of one prompt, that would be the least alone, where terms may be zero
+
 
 class TrainingStudent:
     """Starts as the teacher; the engine takes it over. Measures the gaps of ``heldout`` before it is fused.
@@ -87,7 +89,9 @@ def _fusion(settings: Settings, stock: Any, targets: Reader, manifest: Manifest)
     """The variant's constants; sizes are measured on the first block of training prompts."""
     block = read_tensors(targets, manifest.train.embeddings[0])
     pooled_BP, null_P = block["pooled"].float(), read_null(targets, manifest).pooled_BP[0].float()
-    guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, len(pooled_BP))
+    count = max(len(pooled_BP), _LEAST_MEASURED)
+    pooled_BP = pooled_BP[torch.arange(count) % len(pooled_BP)]
+    guidance_B = torch.linspace(settings.strategy.guidance_min, settings.strategy.guidance_max, count)
     options = settings.fusion
     convention, embedded = options.convention, settings.teacher.embedded_guidance
     sizes = measure_sizes(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from teefusion.errors import InterruptedRunError
 from teefusion.files import read_json
 from teefusion.settings import Settings, settings_from_json
 from tests.training_job import Job, assert_equal
@@ -94,11 +95,15 @@ def killer(output: Path, order: Sequence[tuple[int, int]]) -> Iterator[None]:
 
 
 def _kill(output: Path, rank: int, step: int) -> None:
-    while not any(int(path.parent.name[5:]) >= step for path in output.glob("checkpoints/step-*/digests.json")):
-        time.sleep(0.05)
+    _wait_for_step(output, step)
     while not (found := [pid for pid in _processes() if _is_rank(pid, output, rank)]):
         time.sleep(0.05)
     os.kill(found[0], signal.SIGKILL)
+
+
+def _wait_for_step(output: Path, step: int) -> None:
+    while not any(int(path.parent.name[5:]) >= step for path in output.glob("checkpoints/step-*/digests.json")):
+        time.sleep(0.05)
 
 
 def _processes() -> list[int]:
@@ -111,3 +116,17 @@ def _is_rank(pid: int, output: Path, rank: int) -> bool:
         if f"--output={output}".encode() in arguments and b"torch.distributed.run" not in arguments:
             return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return False
+
+
+def test_ranks_of_a_run_that_is_told_to_stop_leave_a_checkpoint_and_end(make_settings: Make, tmp_path: Path) -> None:
+    job, output = Job(make_settings, tmp_path), tmp_path / "stopped"
+    values = {"train.num_processes": 2, "train.steps": 60, "train.checkpoint_every": 2}
+    job.train("whole", values)
+    stop = threading.Thread(target=lambda: (_wait_for_step(output, 4), os.kill(os.getpid(), signal.SIGTERM)))
+    stop.start()
+    with pytest.raises(InterruptedRunError, match="run the same command again"):
+        job.train("stopped", values)
+    stop.join()
+    assert not [pid for pid in _processes() for rank in (0, 1) if _is_rank(pid, output, rank)]
+    assert job.train("stopped", values)["resumed_from"] >= 4
+    assert_equal(job.weights("whole"), job.weights("stopped"))

@@ -37,6 +37,17 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(job: Job, caplog
     assert_equal(job.weights("whole"), job.weights("broken"))
 
 
+def test_a_checkpoint_stays_where_all_later_ones_are_corrupt(job: Job) -> None:
+    job.break_off("broken", after=5)
+    folder = job.folder / "broken" / "checkpoints"
+    for path in folder.glob("step-*/tensors-*.safetensors"):
+        path.write_bytes(b"")
+    (folder / "notes.txt").write_text("a user's own")
+    job.break_off("broken", {"train.checkpoint_every": 1, "train.keep_checkpoints": 1}, after=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "step-00000002"]
+    assert job.train("broken")["resumed_from"] == 2
+
+
 def test_a_checkpoint_of_two_ranks_continues_on_one(job: Job) -> None:
     job.train("whole")
     job.break_off("moved", after=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from teefusion.distillation import ResidualMeter
 from teefusion.errors import IntegrityError, SettingsError, TrainingError
 from teefusion.manifests import write_manifest
 from teefusion.prompts import load_prompt_set
@@ -21,6 +23,7 @@ from teefusion.settings import Settings
 from teefusion.storage import FolderStore
 from teefusion.students import load_student
 from teefusion.target_sets import generate_targets
+from teefusion.training_record import Position, training_record
 from teefusion.training_run import Run
 from tests.training_job import Job, assert_close, assert_equal, assert_shown, logged_pictures
 
@@ -271,3 +274,22 @@ def test_a_damaged_shard_stops_training(job: Job) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(IntegrityError, match="train-00000.safetensors is corrupt"):
         job.train("run")
+
+
+def test_targets_in_blocks_of_one_prompt_can_be_trained_on(make_settings: Make, tmp_path: Path) -> None:
+    """The fused term of ``affine`` is zero at the least guidance scale, so its size shows at others alone."""
+    job = Job(lambda overrides=None: make_settings({"targets.shard_trajectories": 1} | (overrides or {})), tmp_path)
+    assert job.train("run")["fusion"]["divisor"] > 0
+
+
+def test_a_student_without_finite_velocities_is_not_exported(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ResidualMeter, "overall", property(lambda _: math.nan))
+    with pytest.raises(TrainingError, match=r"are not finite: this student cannot be used. Lower train.learning_rate"):
+        job.train("run")
+    assert not (job.folder / "run" / "student").exists()
+
+
+def test_a_record_leaves_out_what_was_not_finite_on_the_way() -> None:
+    position = Position(curve=[(0, math.nan), (3, 0.5)])
+    record = training_record(position, ResidualMeter(1.0, 7.0))
+    assert record["residual_curve"] == [(3, 0.5)]
