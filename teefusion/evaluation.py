@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from teefusion.claims import work_through
 from teefusion.errors import IntegrityError, PromptError
-from teefusion.files import json_bytes, read_json, write_bytes
+from teefusion.files import json_bytes, plain_name, read_json, write_bytes
 from teefusion.pictures import png_bytes
 from teefusion.progress import Progress
 from teefusion.prompts import Prompt
@@ -44,7 +44,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 def picture_path(folder: Path, row: str, prompt: Prompt, position: int) -> Path:
     """Where ``score_rows`` keeps a row's picture of the prompt at that position."""
-    return folder / "pictures" / row / prompt.style / f"{position:05d}.png"
+    return folder / "pictures" / row / plain_name(prompt.style) / f"{position:05d}.png"
 
 
 def score_rows(

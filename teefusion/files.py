@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -34,6 +35,12 @@ def canonical_json(value: Any) -> str:
 def content_key(value: Any, *, length: int = 16) -> str:
     """Name of a thing by what determines it: the first ``length`` hex digits of sha256(canonical JSON)."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def plain_name(text: str) -> str:
+    """``text`` as a part of a path or of a key of MLflow's; where that changes it, its digest keeps it apart."""
+    plain = re.sub(r"[^\w.\- ]", "_", text)
+    return plain if plain == text and not text.startswith(".") else f"{plain}-{content_key(text, length=8)}"
 
 
 def sha256_file(path: Path) -> str:

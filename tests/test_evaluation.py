@@ -16,7 +16,7 @@ from PIL import Image
 
 from teefusion import comparison, launch
 from teefusion.errors import IntegrityError, TeEFusionError
-from teefusion.evaluation import score_rows, spread
+from teefusion.evaluation import picture_path, score_rows, spread
 from teefusion.prompts import Prompt
 from teefusion.samplers import Sampler
 from teefusion.settings import EvaluateSettings
@@ -200,3 +200,11 @@ def test_a_result_names_its_scorer_and_an_exchanged_scorer_is_another_evaluation
 
     (scorer / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
     assert str(evaluation_folder(settings, prompts, student)) != result.output
+
+
+def test_whatever_a_style_is_called_its_pictures_lie_in_their_folder_and_apart(tmp_path: Path) -> None:
+    styles = ["photo", "photo & film", "photo | film", "..", ".", "/elsewhere", "../photo", "a/b", "日本画", ".hidden"]
+    folders = [picture_path(tmp_path, "student", Prompt("a star", style), 0).resolve().parent for style in styles]
+    assert {folder.parent for folder in folders} == {tmp_path.resolve() / "pictures" / "student"}
+    assert len(set(folders)) == len(styles)
+    assert [folder.name for folder in folders if "-" not in folder.name] == ["photo", "日本画"]

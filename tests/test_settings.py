@@ -39,6 +39,10 @@ def test_every_preset_is_valid() -> None:
         ({"train.steps": "many"}, r"train\.steps: .*valid integer"),
         ({"strategy.name": "ddim"}, r"strategy\.name: .*euler_cfg"),
         ({"evaluate.guidance_scale": float("nan")}, r"evaluate\.guidance_scale"),
+        ({"evaluate.sweep": [1.0, float("nan")]}, r"evaluate\.sweep\.1: .*finite"),
+        ({"evaluate.sweep": [-3.0]}, r"evaluate\.sweep\.0: .*greater than or equal to 1"),
+        ({"train.learning_rate": float("inf")}, r"train\.learning_rate: .*finite"),
+        ({"gate.max_nfe_ratio": float("inf")}, r"gate\.max_nfe_ratio: .*finite"),
     ],
 )
 def test_bad_settings_are_named(overrides: dict[str, object], message: str) -> None:

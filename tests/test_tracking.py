@@ -13,6 +13,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from teefusion import outbox
 from teefusion.errors import TrackingError
+from teefusion.files import plain_name
 from teefusion.outbox import Outbox
 from teefusion.settings import Settings
 from teefusion.tracking import Tracker, connect
@@ -20,6 +21,7 @@ from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
 
 Make = Callable[..., Settings]
+STYLES = ["photo", "photo & film", "sci-fi (80s)", "l'art", "70%", "oil+ink", "a//b", "..", "日本画"]
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +99,16 @@ def test_a_server_that_is_stopped_and_started_has_every_metric(
         history = connect(settings).get_metric_history(tracker.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(step, 8.0 - step) for step in range(8)]
     assert "did not reach MLflow" not in caplog.text
+
+
+def test_mlflow_takes_a_score_of_any_style(make_settings: Make) -> None:
+    settings = make_settings()
+    tracker = Tracker.open(settings)
+    tracker.log_metrics({f"score/student/{plain_name(style)}": 1.0 for style in STYLES})
+    tracker.close()
+    client = connect(settings)
+    version = client.create_model_version(client.create_registered_model("m").name, "source")
+    for style in STYLES:
+        client.set_model_version_tag("m", version.version, f"score_student_{plain_name(style)}", "1")
+    (run,) = client.search_runs([client.get_experiment_by_name("teefusion").experiment_id])
+    assert len(run.data.metrics) == len(STYLES)

@@ -14,7 +14,7 @@ JOB_VARIABLE = "TEEFUSION_JOB_SETTINGS"
 class Section(BaseModel):
     """A group of settings. ``operational`` names those that change where or how fast, never what is computed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     operational: ClassVar[frozenset[str]] = frozenset()
 
     def content(self) -> dict[str, Any]:

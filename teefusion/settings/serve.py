@@ -26,14 +26,14 @@ class ServeSettings(Section):
     """`auto` is bfloat16 on a GPU, float32 on a CPU."""
     sizes: tuple[Size, ...] = ()
     """Sizes in pixels, as `1024x1024`, that may be asked for; the first is what `auto` means. None is the student's."""
-    guidance_scale: float = Field(default=4.0, ge=1, allow_inf_nan=False)
+    guidance_scale: float = Field(default=4.0, ge=1)
     """Of requests that name none."""
     num_steps: int = Field(default=20, gt=0)
     """Of requests that name none, where the student was not trained for a number of steps."""
     max_images: int = Field(default=10, gt=0)
     """Pictures of a request."""
     max_steps: int = Field(default=100, gt=0)
-    max_guidance_scale: float = Field(default=20.0, ge=1, allow_inf_nan=False)
+    max_guidance_scale: float = Field(default=20.0, ge=1)
     max_prompt_chars: int = Field(default=2000, gt=0)
     max_batch: int = Field(default=8, gt=0)
     """Pictures drawn together."""

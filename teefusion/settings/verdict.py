@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,7 @@ class EvaluateSettings(Section):
     """Held-out prompts scored in each style, in hash order; the HPS benchmark's group size."""
     batch_size: int = Field(default=16, gt=0)
     """Pictures made together."""
-    sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
+    sweep: tuple[Annotated[float, Field(ge=1, le=100)], ...] = (1.0, 2.0, 4.0, 7.0)
     """Guidance scales at which teacher and student are compared beside ``guidance_scale``: score and saturation."""
     sweep_prompts: int = Field(default=16, gt=0)
     """Prompts drawn at each of them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from teefusion.errors import UsageError
-from teefusion.files import read_json
+from teefusion.files import plain_name, read_json
 from teefusion.lineage import LINEAGE, UNKNOWN
 from teefusion.registry import register as register_version
 from teefusion.registry.card import model_card
@@ -47,5 +47,7 @@ def _tags(settings: Settings, student: Path, result: dict[str, Any]) -> dict[str
     }
     tags |= {f"nfe_{row}": f"{result['nfe'][row]:g}" for row in ("teacher", "student")}
     for row in ("teacher", "student"):
-        tags |= {f"score_{row}_{style}": f"{value['mean']:.4f}" for style, value in result["scores"][row].items()}
+        tags |= {
+            f"score_{row}_{plain_name(style)}": f"{value['mean']:.4f}" for style, value in result["scores"][row].items()
+        }
     return tags

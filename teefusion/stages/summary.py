@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from teefusion.errors import InterruptedRunError
-from teefusion.files import write_bytes, write_json
+from teefusion.files import plain_name, write_bytes, write_json
 from teefusion.settings import Settings
 from teefusion.workspace import Workspace
 
@@ -66,7 +66,7 @@ def _track(settings: Settings, summary: dict[str, Any]) -> None:
         log.warning("%s", error)
         return
     for row, scores in (summary["scores"] or {}).items():
-        tracker.log_metrics({f"score/{row}/{style}": score for style, score in scores.items()})
+        tracker.log_metrics({f"score/{row}/{plain_name(style)}": score for style, score in scores.items()})
     if summary["gate"]:
         tracker.set_tags({"teefusion.gate": "passed" if summary["gate"]["passed"] else "failed"})
     if summary["report"]:
