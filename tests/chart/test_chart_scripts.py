@@ -273,9 +273,11 @@ def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_p
     (container,) = release.pod("Job/teefusion-publish").spec["containers"]
     variables = os.environ | release.one("ConfigMap", "teefusion-settings")["data"]
     variables |= {one["name"]: one["value"] for one in container["env"] if "value" in one}
-    del variables["KF_PIPELINES_SA_TOKEN_PATH"]  # Kubernetes mounts it
+    token = tmp_path / Path(variables["KF_PIPELINES_SA_TOKEN_PATH"]).name
+    token.write_text("of the runner")
     with KfpServer() as server:
-        variables |= {"KF_PIPELINES_ENDPOINT": server.url, "HOME": str(tmp_path)}
+        variables |= {"KF_PIPELINES_ENDPOINT": server.url, "KF_PIPELINES_SA_TOKEN_PATH": str(token)}
+        variables["HOME"] = str(tmp_path)
         variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
         told = [
             subprocess.run(container["command"], env=variables, capture_output=True, text=True, timeout=200, check=True)
@@ -284,6 +286,7 @@ def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_p
         ((pipeline,), (version,)) = server.all("pipelines"), server.all("versions")
     assert [done.stdout.partition(": ")[2].partition(":")[0] for done in told] == ["uploaded", "there already"]
     assert pipeline["namespace"] == NAMESPACE
+    assert server.credentials == {"Bearer of the runner"}
     assert told[0].stdout.startswith(version["display_name"])
     parameters = next(yaml.safe_load_all(server.packages[0]))["root"]["inputDefinitions"]["parameters"]
     assert parameters["train_steps"]["defaultValue"] == 77
