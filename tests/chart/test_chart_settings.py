@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import yaml
 
 from teefusion.settings import Settings, load_settings
 from teefusion.storage import S3Credentials
-from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, render, values_of
+from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, notes, render, values_of
 
 
 @pytest.mark.parametrize("case", ["defaults", *FILES])
@@ -54,14 +58,66 @@ def _assert_holds(settings: Settings, values: Json) -> None:
             assert given[section] == inner
 
 
-def test_numbers_reach_the_settings_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def _file_for_submitting(release: Release, folder: Path) -> Path:
+    """What the first command of the notes writes."""
+    file = folder / "cluster.yaml"
+    file.write_text(release.one("ConfigMap", "teefusion-submit")["data"]["cluster.yaml"])
+    return file
+
+
+def test_numbers_reach_the_settings_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"train": {"steps": 2000000, "learning_rate": 0.0000005}, "targets": {"trajectories": 10000000}}
     release = render({"settings": {"values": values}})
+    from_file = load_settings(config=_file_for_submitting(release, tmp_path))
     for name, value in release.one("ConfigMap", "teefusion-settings")["data"].items():
         monkeypatch.setenv(name, value)
-    settings = load_settings()
-    assert (settings.train.steps, settings.train.learning_rate) == (2_000_000, 5e-7)
-    assert settings.targets.trajectories == 10_000_000
+    for settings in (load_settings(), from_file):
+        assert (settings.train.steps, settings.train.learning_rate) == (2_000_000, 5e-7)
+        assert settings.targets.trajectories == 10_000_000
+
+
+@pytest.mark.parametrize("case", ["defaults", *FILES])
+def test_the_file_for_submitting_is_what_pods_have_as_variables(
+    case: str, releases: dict[str, Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = " ".join(notes(CASES[case]).split())
+    assert "kubectl get configmap teefusion-submit --namespace ml --output jsonpath='{.data.cluster\\.yaml}'" in told
+    from_file = load_settings(config=_file_for_submitting(releases[case], tmp_path))
+    for name, value in releases[case].one("ConfigMap", "teefusion-settings")["data"].items():
+        if not name.startswith(("HF_", "NCCL_")):
+            monkeypatch.setenv(name, value)
+    assert from_file == load_settings()
+    assert from_file.kfp.namespace == ("ml" if case == "production" else None)
+
+
+def test_the_notes_command_submits_to_the_images_and_the_volume_of_the_release(tmp_path: Path) -> None:
+    values = merged(FILES["dev"], {"image": {"registry": "registry.example.com/team"}})
+    values |= {"runner": {"serviceAccount": {"name": "steps"}}, "workspace": {"mountPath": "/team"}}
+    _file_for_submitting(render(values), tmp_path)
+    (command,) = re.findall(r"^  (teefusion submit .*)$", notes(values), flags=re.MULTILINE)
+    variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    words = [*command.split(), "--dry-run", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=100, check=True)
+    (run,) = json.loads(done.stdout)["runs"]
+    assert run["teacher"] == "shapes"
+    given = json.loads(run["arguments"]["settings"])
+    cluster, volume = given["cluster"], ("teefusion-work", "/team", "/team/work")
+    assert cluster["image"] == "registry.example.com/team/teefusion:0.1.0-train"
+    assert cluster["small_image"] == "registry.example.com/team/teefusion:0.1.0-pipeline"
+    assert (cluster["volume_claim"], cluster["volume_path"], given["workdir"]) == volume
+    assert given["kfp"]["service_account"] == "steps"
+    assert given["kfp"]["host"] == "http://localhost:8888"
+
+
+def test_notes_reach_kubeflow_where_it_is() -> None:
+    def told(endpoint: str) -> str:
+        return notes({"pipelines": {"endpoint": endpoint}})
+
+    forward = "kubectl port-forward --namespace kubeflow service/ml-pipeline 80 &"
+    assert forward in told("http://ml-pipeline.kubeflow.svc.cluster.local")
+    outside = told("https://kubeflow.example.com/pipeline")
+    assert "service/ml-pipeline" not in outside
+    assert "--endpoint https://kubeflow.example.com/pipeline" in outside
 
 
 def test_secrets_have_the_names_and_keys_that_the_code_reads(

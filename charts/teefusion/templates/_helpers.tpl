@@ -136,6 +136,12 @@ true
 {{- end -}}
 {{- end }}
 
+{{/* The port of a URL: what it says, or its scheme's. */}}
+{{- define "teefusion.port" -}}
+{{- $url := urlParse . -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
+{{- end }}
+
 {{/* Where things are, for settings, pods and notes. */}}
 
 {{- define "teefusion.s3.endpoint" -}}

@@ -16,7 +16,6 @@ containers:
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
-      {{- $_ := set $env "TEEFUSION_KFP__NAMESPACE" .root.Release.Namespace }}
       {{- end }}
       {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
     securityContext:
