@@ -79,19 +79,8 @@ def test_services_and_probes_name_ports_that_pods_open(release: Release) -> None
 def _references(release: Release) -> Iterator[tuple[str, str, str | None]]:
     """Kind, name and key (where one is named) of what pods and bindings refer to."""
     for pod in release.pods:
-        for _, variable in pod.variables:
-            source = variable.get("valueFrom", {})
-            for field, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
-                if field in source and not source[field].get("optional"):
-                    yield kind, source[field]["name"], source[field]["key"]
-        for container in pod.containers:
-            for source in container.get("envFrom", []):
-                yield "ConfigMap", source["configMapRef"]["name"], None
+        yield from pod.sources
         for volume in pod.spec.get("volumes", []):
-            if "configMap" in volume:
-                yield "ConfigMap", volume["configMap"]["name"], None
-            if "secret" in volume:
-                yield "Secret", volume["secret"]["secretName"], None
             if "persistentVolumeClaim" in volume:
                 yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"], None
         if "serviceAccountName" in pod.spec:

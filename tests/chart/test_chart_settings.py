@@ -9,13 +9,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import helm_python
 import pytest
 import yaml
 
 from teefusion.settings import Settings, load_settings
 from teefusion.storage import S3Credentials
-from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, notes, render, values_of
+from tests.charts import (
+    CASES,
+    CHART,
+    FILES,
+    Json,
+    Pod,
+    Release,
+    chart,
+    leaves,
+    merged,
+    nested,
+    notes,
+    render,
+    values_of,
+    without_generated,
+)
 
 
 @pytest.mark.parametrize("case", ["defaults", *FILES])
@@ -180,9 +197,48 @@ def test_a_newer_chart_alone_rolls_nothing(releases: dict[str, Release], tmp_pat
 def test_a_changed_setting_rolls_the_pods_that_read_it_and_no_others() -> None:
     before = render(FILES["dev"])
     after = render(merged(FILES["dev"], {"settings": {"values": {"train": {"steps": 7}}}}))
-    changed = {
-        pod.owner
-        for pod, old in zip(after.pods, before.pods, strict=True)
-        if pod.annotations != old.annotations or pod.spec != old.spec
-    }
-    assert changed == {"Deployment/teefusion-serve"}
+    old, new = ({pod.owner: pod for pod in release.pods} for release in (before, after))
+    assert {owner for owner in new if new[owner] != old[owner]} == {"Deployment/teefusion-serve"}
+
+
+def test_every_value_that_running_pods_read_of_a_secret_or_config_map_rolls_them() -> None:
+    before = _read(render(FILES["dev"]))
+    rolled = set()
+    for path, value in leaves(merged(values_of(CHART / "values.yaml"), FILES["dev"])):
+        try:
+            after = _read(render(merged(FILES["dev"], nested(path, _another(value)))))
+        except helm_python.HelmError:  # it takes one of a few words, or others beside it
+            continue
+        for owner, (pod, read) in after.items():
+            if owner in before and read != before[owner][1]:
+                assert pod != before[owner][0], f"{path} does not roll {owner}"
+                rolled.add((path, owner))
+    assert {("mlflow.auth.adminUsername", f"Deployment/teefusion-{name}") for name in ("mlflow", "serve")} <= rolled
+    assert len(rolled) > 20
+
+
+def _read(release: Release) -> dict[str, tuple[Pod, Json]]:
+    """Pods that run on, by their owner, with what of this release they read by reference, passwords aside."""
+    found = {}
+    for pod in release.pods:
+        if pod.owner.startswith(("Deployment/", "StatefulSet/")):
+            read = {}
+            for kind, name, key in pod.sources:
+                if name in release.names(kind):
+                    thing = release.one(kind, name)
+                    held = thing.get("stringData", {}) | thing.get("data", {})
+                    read[kind, name, key] = without_generated(held[key] if key else held)
+            found[pod.owner] = (pod, read)
+    return found
+
+
+def _another(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            return f"{value}1" if value else "a1"
+        case _:
+            return value
