@@ -50,6 +50,7 @@ BAD_VALUES: list[tuple[Json, str]] = [
     ({"pipelines": {"resubmit": {"schedule": "0 2 * *"}}}, "schedule"),
     ({"serve": {"model": "teefusion-shapes"}}, "model"),
     ({"networkPolicy": {"outside": {"s3": {"ports": [70000]}}}}, "ports"),
+    ({"networkPolicy": {"outside": {"database": {"ports": []}}}}, "ports"),
     ({"imagePullSecrets": ["registry"]}, "imagePullSecrets"),
 ]
 

@@ -136,7 +136,7 @@ true
 {{- end -}}
 {{- end }}
 
-{{/* The port of a URL: what it says, or its scheme's. */}}
+{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. */}}
 {{- define "teefusion.port" -}}
 {{- $url := urlParse . -}}
 {{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
