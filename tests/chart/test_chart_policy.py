@@ -105,7 +105,9 @@ def test_every_pod_has_a_network_policy_of_its_own(releases: dict[str, Release])
     for name in ("defaults", "dev", "production"):
         release = releases[name]
         policies = [one["spec"] for one in release.of("NetworkPolicy")]
-        (default,) = (one for one in policies if "ingress" not in one and one["egress"][0]["ports"][0]["port"] == 53)
+        (default,) = (one["spec"] for one in release.of("NetworkPolicy") if one["metadata"]["name"].endswith("-deny"))
+        assert [port["port"] for rule in default["egress"] for port in rule["ports"]] == [53, 53]
+        assert "ingress" not in default
         for pod in release.pods:
             if pod.owner.startswith("TrainingRuntime/"):
                 continue  # Trainer's pods talk among themselves, and are none of the release

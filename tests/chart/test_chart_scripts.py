@@ -267,6 +267,33 @@ def test_permissions_check_wants_what_the_role_gives_and_no_more() -> None:
     assert "gives too much" in _check_permissions(role["rules"], elsewhere=True).stderr
 
 
+def test_the_workspace_is_given_to_the_group_of_steps_and_tried(tmp_path: Path) -> None:
+    release = render({"security": {"runAsUser": 2000}})
+    pod = next(pod for pod in release.pods if pod.owner.startswith("Job/teefusion-workspace-"))
+    security = pod.spec["securityContext"]
+    assert {security[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {1000}  # as pipelines/platform.py
+    (container,) = pod.spec["containers"]
+    *command, path = container["command"]
+    mounted = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    (volume,) = (one for one in pod.spec["volumes"] if one["name"] == mounted[path])
+    assert volume["persistentVolumeClaim"] == {"claimName": "teefusion-work"}
+    subprocess.run([*command, str(tmp_path)], timeout=20, check=True)
+    assert list(tmp_path.iterdir()) == []
+    refused = subprocess.run(
+        [*command, str(tmp_path / "none")], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert refused.returncode == 1
+    assert "give its root to group 1000" in refused.stderr
+
+
+def test_the_job_for_the_workspace_has_another_name_when_its_pod_changes() -> None:
+    def name(**values: Json) -> str:
+        return next(name for name in render(values).names("Job") if "workspace" in name)
+
+    assert name() == name(settings={"values": {"train": {"steps": 7}}})  # a Job's template cannot change
+    assert name() != name(image={"tag": "0.2.0"})
+
+
 def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_path: Path) -> None:
     values = {"pipelines": {"publish": {"enabled": True}, "token": {"enabled": True}}}
     release = render(values | {"settings": {"values": {"train": {"steps": 77}}}})
