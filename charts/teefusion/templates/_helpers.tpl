@@ -16,12 +16,17 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{/* A version as labels take it: no build's +, and 63 characters at most. */}}
+{{- define "teefusion.labelValue" -}}
+{{- . | replace "+" "_" | trunc 63 | trimAll "-_." -}}
+{{- end }}
+
 {{- define "teefusion.labels" -}}
 {{ include "teefusion.selectorLabels" . }}
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ include "teefusion.labelValue" .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: teefusion
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ include "teefusion.labelValue" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) | quote }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
