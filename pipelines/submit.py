@@ -18,6 +18,8 @@ from typing import Any, get_args
 import kfp_server_api
 import requests
 from kfp import Client
+from kfp.client import KF_PIPELINES_SA_TOKEN_ENV
+from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
 from urllib3.exceptions import HTTPError
 
 from teefusion.errors import ClusterError, SettingsError
@@ -91,8 +93,10 @@ class Kubeflow:
         self.options = options
         if host := options.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
             _require_answer(host)
+        # kfp takes this by itself only where it is told of no host.
+        credentials = ServiceAccountTokenVolumeCredentials() if KF_PIPELINES_SA_TOKEN_ENV in os.environ else None
         with _errors("connect"):
-            self._client = Client(host=options.host, ui_host=options.ui_host)
+            self._client = Client(host=options.host, ui_host=options.ui_host, credentials=credentials)
 
     def publish(self, wanted: Plan) -> dict[str, Any]:
         """Upload the version with these very defaults, which Kubeflow's form then shows, or find it there."""

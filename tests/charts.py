@@ -49,18 +49,21 @@ def nested(path: str, value: Any) -> Json:
     return result
 
 
+def leaves(values: Json, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of each value that is no map of further ones."""
+    for key, value in values.items():
+        here = f"{path}.{key}" if path else key
+        if isinstance(value, dict) and value:
+            yield from leaves(value, here)
+        else:
+            yield here, value
+
+
 def switches() -> Iterator[tuple[str, Any]]:
     """Path and default of each value that switches something on or off."""
-
-    def walk(values: Json, path: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            here = f"{path}.{key}" if path else key
-            if key in ("enabled", "create", "suspend"):
-                yield here, value
-            elif isinstance(value, dict):
-                yield from walk(value, here)
-
-    yield from walk(values_of(CHART / "values.yaml"), "")
+    for path, value in leaves(values_of(CHART / "values.yaml")):
+        if path.rpartition(".")[2] in ("enabled", "create", "suspend"):
+            yield path, value
 
 
 def documents(text: str) -> list[Json]:
@@ -87,6 +90,23 @@ class Pod:
         for container in self.containers:
             for variable in container.get("env", []):
                 yield container["name"], variable
+
+    @property
+    def sources(self) -> Iterator[tuple[str, str, str | None]]:
+        """Kind, name and key (where one is named) of the ConfigMaps and Secrets that containers read."""
+        for _, variable in self.variables:
+            source = variable.get("valueFrom", {})
+            for field, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
+                if field in source and not source[field].get("optional"):
+                    yield kind, source[field]["name"], source[field]["key"]
+        for container in self.containers:
+            for source in container.get("envFrom", []):
+                yield "ConfigMap", source["configMapRef"]["name"], None
+        for volume in self.spec.get("volumes", []):
+            if "configMap" in volume:
+                yield "ConfigMap", volume["configMap"]["name"], None
+            if "secret" in volume:
+                yield "Secret", volume["secret"]["secretName"], None
 
 
 class Release:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.charts import FILES, NAMESPACE, RELEASE, Release, render
+from tests.charts import CHART, FILES, NAMESPACE, RELEASE, Release, render, values_of
 
 # Secrets and claims that a person makes, as the values files and docs/install.md say.
 MADE_BEFORE = {
@@ -28,6 +30,36 @@ def test_names_are_short_enough_of_the_longest_release() -> None:
     long = render(FILES["production"], name="a-release-whose-name-is-as-long-as-helm-lets-it-be-53")
     for thing in long.objects:
         assert len(thing["metadata"]["name"]) <= (52 if thing["kind"] == "CronJob" else 63)
+
+
+def test_labels_take_the_version_of_a_build(tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "teefusion")
+    metadata = values_of(CHART / "Chart.yaml")
+    built = {"version": f"1.0.0-{'a' * 60}+build.1", "appVersion": f"1.0.0+{'b' * 56}-{'c' * 9}"}
+    (tmp_path / "teefusion" / "Chart.yaml").write_text(yaml.safe_dump(metadata | built))
+    for thing in render({"image": {"tag": "1.0.0"}}, path=tmp_path / "teefusion").objects:
+        for value in thing["metadata"]["labels"].values():
+            assert re.fullmatch(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", value, flags=re.ASCII), value
+
+
+def test_values_that_yaml_reads_otherwise_reach_what_they_are_for() -> None:
+    labels = {"dashboards": {"labels": {"grafana_dashboard": None}}}
+    release = render({"mlflow": {"ingress": {"enabled": True, "host": "*.example.com"}}, "monitoring": labels})
+    assert release.one("Ingress", "teefusion-mlflow")["spec"]["rules"][0]["host"] == "*.example.com"
+    assert "grafana_dashboard" not in release.one("ConfigMap", "teefusion-dashboards")["metadata"]["labels"]
+
+
+def test_a_binding_to_another_kind_of_role_is_another_binding() -> None:
+    roles = [{"kind": kind, "name": "pipeline-runner"} for kind in ("Role", "ClusterRole")]  # a roleRef is immutable
+    bound = render({"runner": {"rbac": {"alsoRoles": roles}}}).of("RoleBinding")
+    assert len({binding["metadata"]["name"] for binding in bound}) == 3
+
+
+def test_a_rollout_may_take_as_long_as_a_start() -> None:
+    values = {"enabled": True, "model": "models:/teefusion-shapes@champion", "startupSeconds": 3600}
+    deployment = render({"serve": values}).one("Deployment", "teefusion-serve")
+    probe = deployment["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
+    assert deployment["spec"]["progressDeadlineSeconds"] > probe["failureThreshold"] * probe["periodSeconds"] == 3600
 
 
 def test_every_object_says_whose_it_is(release: Release) -> None:
@@ -79,19 +111,8 @@ def test_services_and_probes_name_ports_that_pods_open(release: Release) -> None
 def _references(release: Release) -> Iterator[tuple[str, str, str | None]]:
     """Kind, name and key (where one is named) of what pods and bindings refer to."""
     for pod in release.pods:
-        for _, variable in pod.variables:
-            source = variable.get("valueFrom", {})
-            for field, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
-                if field in source and not source[field].get("optional"):
-                    yield kind, source[field]["name"], source[field]["key"]
-        for container in pod.containers:
-            for source in container.get("envFrom", []):
-                yield "ConfigMap", source["configMapRef"]["name"], None
+        yield from pod.sources
         for volume in pod.spec.get("volumes", []):
-            if "configMap" in volume:
-                yield "ConfigMap", volume["configMap"]["name"], None
-            if "secret" in volume:
-                yield "Secret", volume["secret"]["secretName"], None
             if "persistentVolumeClaim" in volume:
                 yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"], None
         if "serviceAccountName" in pod.spec:

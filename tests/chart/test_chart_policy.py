@@ -105,7 +105,9 @@ def test_every_pod_has_a_network_policy_of_its_own(releases: dict[str, Release])
     for name in ("defaults", "dev", "production"):
         release = releases[name]
         policies = [one["spec"] for one in release.of("NetworkPolicy")]
-        (default,) = (one for one in policies if "ingress" not in one and one["egress"][0]["ports"][0]["port"] == 53)
+        (default,) = (one["spec"] for one in release.of("NetworkPolicy") if one["metadata"]["name"].endswith("-deny"))
+        assert [port["port"] for rule in default["egress"] for port in rule["ports"]] == [53, 53]
+        assert "ingress" not in default
         for pod in release.pods:
             if pod.owner.startswith("TrainingRuntime/"):
                 continue  # Trainer's pods talk among themselves, and are none of the release
@@ -142,6 +144,29 @@ def test_what_pods_may_reach_lets_them_in(releases: dict[str, Release]) -> None:
             )
             for rule in rules
         ), (source, target)
+
+
+def test_policies_let_out_to_the_ports_of_the_urls() -> None:
+    inside = {
+        "mlflow": {"enabled": False, "externalUrl": "http://mlflow.other.svc:5000"},
+        "postgresql": {"enabled": False},
+        "seaweedfs": {"enabled": False},
+        "s3": {"endpointUrl": "http://minio.store.svc:9000"},
+        "pipelines": {"endpoint": "http://ml-pipeline-ui.kubeflow", "publish": {"enabled": True}},
+        "serve": {"enabled": True, "model": "models:/teefusion-shapes@champion"},
+    }
+    assert _let_out(inside, "serve") == [5000, 9000, 443]  # MLflow, S3, hub
+    assert _let_out(inside, "publish") == [80, 443]
+    elsewhere = {"mlflow": {"externalUrl": "https://mlflow.example.com/ml"}, "s3": {"endpointUrl": ""}}
+    mirror = {"settings": {"env": {"HF_ENDPOINT": "https://[fd00::1]:8443/hub"}}}
+    assert _let_out(merged(inside, elsewhere, mirror), "serve") == [443, 443, 8443]
+    named = {"networkPolicy": {"outside": {"s3": {"ports": [9001, 9002]}}}}
+    assert _let_out(merged(inside, named), "serve") == [5000, 9001, 9002, 443]
+
+
+def _let_out(values: Json, component: str) -> list[int]:
+    policy = render(values).one("NetworkPolicy", f"teefusion-{component}")
+    return [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
 
 
 def test_mlflow_answers_to_the_names_of_its_service_only(releases: dict[str, Release]) -> None:

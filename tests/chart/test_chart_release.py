@@ -9,7 +9,8 @@ from tests.helm_cluster import HelmCluster
 
 
 def test_a_release_is_installed_upgraded_tested_rolled_back_and_removed() -> None:
-    values, changed = FILES["dev"], merged(FILES["dev"], {"settings": {"values": {"train": {"steps": 7}}}})
+    values = FILES["dev"]
+    changed = merged(values, {"settings": {"values": {"train": {"steps": 7}}}, "image": {"tag": "0.2.0"}})
     with HelmCluster(NAMESPACE) as cluster:
         helm = cluster.helm
         assert helm.install(chart(), RELEASE, values)["status"] == "deployed"
@@ -18,17 +19,21 @@ def test_a_release_is_installed_upgraded_tested_rolled_back_and_removed() -> Non
         assert cluster.names("ServiceMonitor") == {"teefusion-mlflow", "teefusion-serve"}
         secrets = {name: cluster.secret(name) for name in cluster.names("Secret")}
         assert len(secrets) == 4
+        (job,) = cluster.names("Job")  # hooks are gone
         installed = json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"])
 
         assert helm.upgrade(chart(), RELEASE, changed)["status"] == "deployed"
         assert {name: cluster.secret(name) for name in cluster.names("Secret")} == secrets
         assert cluster.things["ConfigMap", "teefusion-settings"]["data"]["TEEFUSION_TRAIN__STEPS"] == "7"
         assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) != installed
+        (other,) = cluster.names("Job")
+        assert other != job  # its template cannot change
         helm.test(RELEASE)
         assert len(cluster.names("Pod")) == 4  # they stay, done, for `--logs`
         helm.rollback(RELEASE)
         assert "TEEFUSION_TRAIN__STEPS" not in cluster.things["ConfigMap", "teefusion-settings"]["data"]
         assert json.dumps(cluster.things["Deployment", "teefusion-serve"]["spec"]) == installed
+        assert cluster.names("Job") == {job}
 
         helm.uninstall(RELEASE)
         assert {kind for kind, _ in cluster.things} == {"Secret", "PersistentVolumeClaim", "Pod"}

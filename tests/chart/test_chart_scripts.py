@@ -267,15 +267,44 @@ def test_permissions_check_wants_what_the_role_gives_and_no_more() -> None:
     assert "gives too much" in _check_permissions(role["rules"], elsewhere=True).stderr
 
 
+def test_the_workspace_is_given_to_the_group_of_steps_and_tried(tmp_path: Path) -> None:
+    release = render({"security": {"runAsUser": 2000}})
+    pod = next(pod for pod in release.pods if pod.owner.startswith("Job/teefusion-workspace-"))
+    security = pod.spec["securityContext"]
+    assert {security[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {1000}  # as pipelines/platform.py
+    (container,) = pod.spec["containers"]
+    *command, path = container["command"]
+    mounted = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    (volume,) = (one for one in pod.spec["volumes"] if one["name"] == mounted[path])
+    assert volume["persistentVolumeClaim"] == {"claimName": "teefusion-work"}
+    subprocess.run([*command, str(tmp_path)], timeout=20, check=True)
+    assert list(tmp_path.iterdir()) == []
+    refused = subprocess.run(
+        [*command, str(tmp_path / "none")], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert refused.returncode == 1
+    assert "give its root to group 1000" in refused.stderr
+
+
+def test_the_job_for_the_workspace_has_another_name_when_its_pod_changes() -> None:
+    def name(**values: Json) -> str:
+        return next(name for name in render(values).names("Job") if "workspace" in name)
+
+    assert name() == name(settings={"values": {"train": {"steps": 7}}})  # a Job's template cannot change
+    assert name() != name(image={"tag": "0.2.0"})
+
+
 def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_path: Path) -> None:
     values = {"pipelines": {"publish": {"enabled": True}, "token": {"enabled": True}}}
     release = render(values | {"settings": {"values": {"train": {"steps": 77}}}})
     (container,) = release.pod("Job/teefusion-publish").spec["containers"]
     variables = os.environ | release.one("ConfigMap", "teefusion-settings")["data"]
     variables |= {one["name"]: one["value"] for one in container["env"] if "value" in one}
-    del variables["KF_PIPELINES_SA_TOKEN_PATH"]  # Kubernetes mounts it
+    token = tmp_path / Path(variables["KF_PIPELINES_SA_TOKEN_PATH"]).name
+    token.write_text("of the runner")
     with KfpServer() as server:
-        variables |= {"KF_PIPELINES_ENDPOINT": server.url, "HOME": str(tmp_path)}
+        variables |= {"KF_PIPELINES_ENDPOINT": server.url, "KF_PIPELINES_SA_TOKEN_PATH": str(token)}
+        variables["HOME"] = str(tmp_path)
         variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
         told = [
             subprocess.run(container["command"], env=variables, capture_output=True, text=True, timeout=200, check=True)
@@ -284,6 +313,7 @@ def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_p
         ((pipeline,), (version,)) = server.all("pipelines"), server.all("versions")
     assert [done.stdout.partition(": ")[2].partition(":")[0] for done in told] == ["uploaded", "there already"]
     assert pipeline["namespace"] == NAMESPACE
+    assert server.credentials == {"Bearer of the runner"}
     assert told[0].stdout.startswith(version["display_name"])
     parameters = next(yaml.safe_load_all(server.packages[0]))["root"]["inputDefinitions"]["parameters"]
     assert parameters["train_steps"]["defaultValue"] == 77

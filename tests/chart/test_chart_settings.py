@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import helm_python
 import pytest
 import yaml
 
 from teefusion.settings import Settings, load_settings
 from teefusion.storage import S3Credentials
-from tests.charts import CASES, CHART, FILES, Json, Release, chart, merged, render, values_of
+from tests.charts import (
+    CASES,
+    CHART,
+    FILES,
+    Json,
+    Pod,
+    Release,
+    chart,
+    leaves,
+    merged,
+    nested,
+    notes,
+    render,
+    values_of,
+    without_generated,
+)
 
 
 @pytest.mark.parametrize("case", ["defaults", *FILES])
@@ -54,14 +75,66 @@ def _assert_holds(settings: Settings, values: Json) -> None:
             assert given[section] == inner
 
 
-def test_numbers_reach_the_settings_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def _file_for_submitting(release: Release, folder: Path) -> Path:
+    """What the first command of the notes writes."""
+    file = folder / "cluster.yaml"
+    file.write_text(release.one("ConfigMap", "teefusion-submit")["data"]["cluster.yaml"])
+    return file
+
+
+def test_numbers_reach_the_settings_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"train": {"steps": 2000000, "learning_rate": 0.0000005}, "targets": {"trajectories": 10000000}}
     release = render({"settings": {"values": values}})
+    from_file = load_settings(config=_file_for_submitting(release, tmp_path))
     for name, value in release.one("ConfigMap", "teefusion-settings")["data"].items():
         monkeypatch.setenv(name, value)
-    settings = load_settings()
-    assert (settings.train.steps, settings.train.learning_rate) == (2_000_000, 5e-7)
-    assert settings.targets.trajectories == 10_000_000
+    for settings in (load_settings(), from_file):
+        assert (settings.train.steps, settings.train.learning_rate) == (2_000_000, 5e-7)
+        assert settings.targets.trajectories == 10_000_000
+
+
+@pytest.mark.parametrize("case", ["defaults", *FILES])
+def test_the_file_for_submitting_is_what_pods_have_as_variables(
+    case: str, releases: dict[str, Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = " ".join(notes(CASES[case]).split())
+    assert "kubectl get configmap teefusion-submit --namespace ml --output jsonpath='{.data.cluster\\.yaml}'" in told
+    from_file = load_settings(config=_file_for_submitting(releases[case], tmp_path))
+    for name, value in releases[case].one("ConfigMap", "teefusion-settings")["data"].items():
+        if not name.startswith(("HF_", "NCCL_")):
+            monkeypatch.setenv(name, value)
+    assert from_file == load_settings()
+    assert from_file.kfp.namespace == ("ml" if case == "production" else None)
+
+
+def test_the_notes_command_submits_to_the_images_and_the_volume_of_the_release(tmp_path: Path) -> None:
+    values = merged(FILES["dev"], {"image": {"registry": "registry.example.com/team"}})
+    values |= {"runner": {"serviceAccount": {"name": "steps"}}, "workspace": {"mountPath": "/team"}}
+    _file_for_submitting(render(values), tmp_path)
+    (command,) = re.findall(r"^  (teefusion submit .*)$", notes(values), flags=re.MULTILINE)
+    variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    words = [*command.split(), "--dry-run", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=100, check=True)
+    (run,) = json.loads(done.stdout)["runs"]
+    assert run["teacher"] == "shapes"
+    given = json.loads(run["arguments"]["settings"])
+    cluster, volume = given["cluster"], ("teefusion-work", "/team", "/team/work")
+    assert cluster["image"] == "registry.example.com/team/teefusion:0.1.0-train"
+    assert cluster["small_image"] == "registry.example.com/team/teefusion:0.1.0-pipeline"
+    assert (cluster["volume_claim"], cluster["volume_path"], given["workdir"]) == volume
+    assert given["kfp"]["service_account"] == "steps"
+    assert given["kfp"]["host"] == "http://localhost:8888"
+
+
+def test_notes_reach_kubeflow_where_it_is() -> None:
+    def told(endpoint: str) -> str:
+        return notes({"pipelines": {"endpoint": endpoint}})
+
+    forward = "kubectl port-forward --namespace kubeflow service/ml-pipeline 80 &"
+    assert forward in told("http://ml-pipeline.kubeflow.svc.cluster.local")
+    outside = told("https://kubeflow.example.com/pipeline")
+    assert "service/ml-pipeline" not in outside
+    assert "--endpoint https://kubeflow.example.com/pipeline" in outside
 
 
 def test_secrets_have_the_names_and_keys_that_the_code_reads(
@@ -124,9 +197,48 @@ def test_a_newer_chart_alone_rolls_nothing(releases: dict[str, Release], tmp_pat
 def test_a_changed_setting_rolls_the_pods_that_read_it_and_no_others() -> None:
     before = render(FILES["dev"])
     after = render(merged(FILES["dev"], {"settings": {"values": {"train": {"steps": 7}}}}))
-    changed = {
-        pod.owner
-        for pod, old in zip(after.pods, before.pods, strict=True)
-        if pod.annotations != old.annotations or pod.spec != old.spec
-    }
-    assert changed == {"Deployment/teefusion-serve"}
+    old, new = ({pod.owner: pod for pod in release.pods} for release in (before, after))
+    assert {owner for owner in new if new[owner] != old[owner]} == {"Deployment/teefusion-serve"}
+
+
+def test_every_value_that_running_pods_read_of_a_secret_or_config_map_rolls_them() -> None:
+    before = _read(render(FILES["dev"]))
+    rolled = set()
+    for path, value in leaves(merged(values_of(CHART / "values.yaml"), FILES["dev"])):
+        try:
+            after = _read(render(merged(FILES["dev"], nested(path, _another(value)))))
+        except helm_python.HelmError:  # it takes one of a few words, or others beside it
+            continue
+        for owner, (pod, read) in after.items():
+            if owner in before and read != before[owner][1]:
+                assert pod != before[owner][0], f"{path} does not roll {owner}"
+                rolled.add((path, owner))
+    assert {("mlflow.auth.adminUsername", f"Deployment/teefusion-{name}") for name in ("mlflow", "serve")} <= rolled
+    assert len(rolled) > 20
+
+
+def _read(release: Release) -> dict[str, tuple[Pod, Json]]:
+    """Pods that run on, by their owner, with what of this release they read by reference, passwords aside."""
+    found = {}
+    for pod in release.pods:
+        if pod.owner.startswith(("Deployment/", "StatefulSet/")):
+            read = {}
+            for kind, name, key in pod.sources:
+                if name in release.names(kind):
+                    thing = release.one(kind, name)
+                    held = thing.get("stringData", {}) | thing.get("data", {})
+                    read[kind, name, key] = without_generated(held[key] if key else held)
+            found[pod.owner] = (pod, read)
+    return found
+
+
+def _another(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            return f"{value}1" if value else "a1"
+        case _:
+            return value

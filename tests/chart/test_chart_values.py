@@ -50,7 +50,10 @@ BAD_VALUES: list[tuple[Json, str]] = [
     ({"pipelines": {"resubmit": {"schedule": "0 2 * *"}}}, "schedule"),
     ({"serve": {"model": "teefusion-shapes"}}, "model"),
     ({"networkPolicy": {"outside": {"s3": {"ports": [70000]}}}}, "ports"),
+    ({"networkPolicy": {"outside": {"database": {"ports": []}}}}, "ports"),
     ({"imagePullSecrets": ["registry"]}, "imagePullSecrets"),
+    ({"commonLabels": {"app.kubernetes.io/name": "mine"}}, "commonLabels"),
+    ({"serve": {"podLabels": {"team": "not a label"}}}, "team"),
 ]
 
 
@@ -74,6 +77,8 @@ INCOMPLETE: list[tuple[Json, str]] = [
         {"serve": {"enabled": True, "model": "models:/x@y", "autoscaling": {"enabled": True, "minReplicas": 9}}},
         "minReplicas",
     ),
+    ({"serve": {"rollout": {"maxSurge": "0%", "maxUnavailable": 0}}}, "both 0"),
+    ({"fullnameOverride": "1st.team"}, "set fullnameOverride"),
 ]
 
 

@@ -16,12 +16,17 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{/* A version as labels take it: no build's +, and 63 characters at most. */}}
+{{- define "teefusion.labelValue" -}}
+{{- . | replace "+" "_" | trunc 63 | trimAll "-_." -}}
+{{- end }}
+
 {{- define "teefusion.labels" -}}
 {{ include "teefusion.selectorLabels" . }}
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ include "teefusion.labelValue" .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: teefusion
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ include "teefusion.labelValue" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) | quote }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -134,6 +139,12 @@ capabilities:
 {{- if or (eq (toString .value) "true") (and (eq (toString .value) "auto") (.root.Capabilities.APIVersions.Has .api)) -}}
 true
 {{- end -}}
+{{- end }}
+
+{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. */}}
+{{- define "teefusion.port" -}}
+{{- $url := urlParse . -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
 {{- end }}
 
 {{/* Where things are, for settings, pods and notes. */}}

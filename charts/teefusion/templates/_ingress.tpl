@@ -14,11 +14,11 @@ spec:
   {{- end }}
   {{- if .ingress.tls.enabled }}
   tls:
-    - hosts: [{{ .ingress.host }}]
+    - hosts: [{{ .ingress.host | quote }}]
       secretName: {{ default (printf "%s-tls" (include "teefusion.componentName" .)) .ingress.tls.secretName }}
   {{- end }}
   rules:
-    - host: {{ .ingress.host }}
+    - host: {{ .ingress.host | quote }}
       http:
         paths:
           - path: /

@@ -15,9 +15,16 @@ cluster:
   image: {{ include "teefusion.image" (dict "root" . "stage" "train") }}
   small_image: {{ include "teefusion.image" (dict "root" . "stage" "pipeline") }}
   service_account: {{ .Values.training.serviceAccount.name }}
-  s3_secret: {{ include "teefusion.s3.secret" . | default nil | toJson }}
-  mlflow_secret: {{ include "teefusion.mlflow.secret" . | default nil | toJson }}
-  hub_secret: {{ .Values.hub.existingSecret | default nil | toJson }}
+  {{- with include "teefusion.s3.secret" . }}
+  s3_secret: {{ . }}
+  {{- end }}
+  {{- with include "teefusion.mlflow.secret" . }}
+  mlflow_secret: {{ . }}
+  {{- end }}
+  {{- with .Values.hub.existingSecret }}
+  hub_secret: {{ . }}
+  {{- end }}
+  config_map: {{ .Values.settings.name }}
   queue: {{ ternary .Values.training.queue.name nil .Values.training.queue.enabled | toJson }}
   {{- with .Values.imagePullSecrets }}
   image_pull_secrets:
@@ -29,12 +36,20 @@ cluster:
   volume_claim: {{ . }}
   volume_path: {{ $.Values.workspace.mountPath }}
   {{- end }}
+kfp:
+  service_account: {{ .Values.runner.serviceAccount.name }}
+  namespace: {{ ternary .Release.Namespace nil .Values.pipelines.token.enabled | toJson }}
 {{- end }}
 
-{{/* TEEFUSION_* variables: what the chart knows, under what settings.values says. Sections become one level of names;
-     what is nested deeper, and lists, become JSON. Numbers as JSON too: Helm would write a million as 1e+06. */}}
+{{/* What the chart knows, under what settings.values says: nested settings, as a `--config` file has them. */}}
+{{- define "teefusion.settings" -}}
+{{- mergeOverwrite (include "teefusion.settings.known" . | fromYaml) (deepCopy .Values.settings.values) | toYaml -}}
+{{- end }}
+
+{{/* The same as TEEFUSION_* variables. Sections become one level of names; what is nested deeper, and lists, become
+     JSON. Numbers as JSON too: Helm would write a million as 1e+06. */}}
 {{- define "teefusion.settings.variables" -}}
-{{- $all := mergeOverwrite (include "teefusion.settings.known" . | fromYaml) (deepCopy .Values.settings.values) -}}
+{{- $all := include "teefusion.settings" . | fromYaml -}}
 {{- $data := dict -}}
 {{- range $name, $value := $all -}}
 {{- if kindIs "map" $value -}}

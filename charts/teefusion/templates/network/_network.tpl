@@ -27,10 +27,11 @@ podSelector:
     {{- include "teefusion.selectorLabels" . | nindent 4 }}
 {{- end }}
 
-{{/* To something outside: any of the addresses, at the ports; no address given is every one. */}}
+{{/* To something outside: any of the addresses, at the ports. No address given is every one, and no port the URL's.
+     Takes ports, cidrs, and perhaps url. */}}
 {{- define "teefusion.outside" -}}
 ports:
-  {{- range .ports }}
+  {{- range .ports | default (list (include "teefusion.port" (.url | default ""))) }}
   - {protocol: TCP, port: {{ . }}}
   {{- end }}
 {{- with .cidrs }}

@@ -16,7 +16,6 @@ containers:
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
-      {{- $_ := set $env "TEEFUSION_KFP__NAMESPACE" .root.Release.Namespace }}
       {{- end }}
       {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
     securityContext:
@@ -51,4 +50,41 @@ volumes:
       sources:
         - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience }}}
   {{- end }}
+{{- end }}
+
+{{/* Pod that mounts the workspace as the user of steps, so that the kubelet lets this user's group in, and looks
+     whether it did: not every driver can. Takes root, component. */}}
+{{- define "teefusion.workspace.template" -}}
+{{- $values := .root.Values -}}
+metadata:
+  labels:
+    {{- include "teefusion.podLabels" . | nindent 4 }}
+spec:
+  {{- include "teefusion.pod" (dict "root" .root "values" $values.pipelines "user" 1000) | nindent 2 }}
+  restartPolicy: Never
+  containers:
+    - name: workspace
+      image: {{ include "teefusion.image" (dict "root" .root "stage" "pipeline") }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      command:
+        - sh
+        - -c
+        - |
+          made=$(mktemp "$0/.writable-XXXXXX") && exec rm "$made"
+          echo "Steps of runs cannot write to the workspace: its driver sets no group. On the volume's server, give its" \
+            "root to group 1000 and let the group write (chgrp 1000, chmod g+rwxs); then delete this Job, and upgrade." >&2
+          exit 1
+        - {{ $values.workspace.mountPath }}
+      securityContext:
+        {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
+      resources:
+        requests: {cpu: 50m, memory: 64Mi}
+        limits: {memory: 128Mi}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: workspace, mountPath: {{ $values.workspace.mountPath }}}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - name: workspace
+      persistentVolumeClaim: {claimName: {{ include "teefusion.workspace.claim" .root }}}
 {{- end }}
