@@ -23,7 +23,7 @@ from tests.training_job import Job, assert_equal
 Make = Callable[..., Settings]
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ TWO = {"train.num_processes": 2, "train.max_restarts": 0, "train.log_every": 1, 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1500),
     pytest.mark.skipif(MISSING, reason="needs DeepSpeed and a C++ compiler"),
 ]
 
