@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
     assert scores.metrics.keys() == {"score_teacher", "score_student", "nfe_teacher", "nfe_student"}
     if passed:
         assert register.python_func(told, student, folder) == f"{settings.model_name}/1"
+        required = (Path(student) / "requirements.txt").read_text().split()
+        assert f"torch=={importlib.metadata.version('torch').partition('+')[0]}" in required  # as training recorded
     summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""))
     summary = read_json(settings.workdir / "summary.json")
     assert (summary["outcome"], summary["error"]) == (outcome, None)
