@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import kfp_server_api
 import requests
-from kfp import Client
+from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, Client, ServiceAccountTokenVolumeCredentials
 from urllib3.exceptions import HTTPError
 
 from teefusion.errors import ClusterError, SettingsError
@@ -91,8 +91,10 @@ class Kubeflow:
         self.options = options
         if host := options.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
             _require_answer(host)
+        # kfp takes the variable by itself only where it is given no host.
+        credentials = ServiceAccountTokenVolumeCredentials() if os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) else None
         with _errors("connect"):
-            self._client = Client(host=options.host, ui_host=options.ui_host)
+            self._client = Client(host=options.host, ui_host=options.ui_host, credentials=credentials)
 
     def publish(self, wanted: Plan) -> dict[str, Any]:
         """Upload the version with these very defaults, which Kubeflow's form then shows, or find it there."""

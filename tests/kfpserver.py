@@ -38,6 +38,7 @@ class KfpServer(Double):
         self.busy = 0  # so many requests are answered 503 first
         self.plays: list[list[tuple[str, dict[str, str]]]] = []  # of the next runs: (state, steps) by look
         self.requests: list[tuple[str, str]] = []
+        self.token: str | None = None  # of all but the health check, where it is set
         super().__init__(_Handler)
 
     def all(self, kind: str) -> list[Json]:
@@ -115,7 +116,10 @@ class _Handler(Handler):
     def respond(self) -> None:
         path, query, body = self.read()
         self.double.requests.append((self.command, path))
-        if self.double.busy and self.command == "GET" and "/runs/" in path:
+        token = self.double.token
+        if token and not path.endswith("/healthz") and self.headers["Authorization"] != f"Bearer {token}":
+            self.answer(401, {"message": "Request header error: there is no user identity header"})
+        elif self.double.busy and self.command == "GET" and "/runs/" in path:
             self.double.busy -= 1
             self.answer(503, {"message": "the API server is starting"})
         else:

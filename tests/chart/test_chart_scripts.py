@@ -273,9 +273,12 @@ def test_publishing_uploads_the_pipeline_once_with_the_namespaces_settings(tmp_p
     (container,) = release.pod("Job/teefusion-publish").spec["containers"]
     variables = os.environ | release.one("ConfigMap", "teefusion-settings")["data"]
     variables |= {one["name"]: one["value"] for one in container["env"] if "value" in one}
-    del variables["KF_PIPELINES_SA_TOKEN_PATH"]  # Kubernetes mounts it
+    assert variables["KF_PIPELINES_SA_TOKEN_PATH"] == "/var/run/secrets/kubeflow/pipelines/token"
+    (tmp_path / "token").write_text("of-the-account")
     with KfpServer() as server:
+        server.token = "of-the-account"
         variables |= {"KF_PIPELINES_ENDPOINT": server.url, "HOME": str(tmp_path)}
+        variables["KF_PIPELINES_SA_TOKEN_PATH"] = str(tmp_path / "token")  # where Kubernetes mounts it, here
         variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
         told = [
             subprocess.run(container["command"], env=variables, capture_output=True, text=True, timeout=200, check=True)
