@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_the_exit_handler_finds_the_run_that_preflight_pinned(make_settings: Mak
     run_summary(arguments, state="FAILED", error="the node was lost")
     summary = read_json(settings.workdir / "runs" / settings.run_key / "summary.json")
     assert (summary["outcome"], summary["error"]) == ("failed", "the node was lost")
+
+
+def test_a_step_takes_the_variables_that_its_namespace_adds(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"HF_HOME": "", "HF_ENDPOINT": "", "KFP_POD_NAME": "step"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TEEFUSION_CLUSTER__ENV", '{"HF_ENDPOINT": "https://hub.example.com"}')
+    settings = make_settings({"cluster.volume_claim": "work", "cluster.volume_path": str(tmp_path)})
+    told = preflight.python_func(**arguments_of(settings), findings=Artifact(tmp_path / "findings.md"))
+    assert os.environ["HF_HOME"] == str(tmp_path / "hub")
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    ingest.python_func(told)
+    assert os.environ["HF_ENDPOINT"] == "https://hub.example.com"
 
 
 def test_a_users_mistake_is_not_tried_again_and_a_failure_is(

@@ -8,7 +8,15 @@ Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the pape
 
 from __future__ import annotations
 
-from teefusion.settings.cluster import ClusterSettings, JobStage, PipelineStep, StepSettings, TolerationSettings
+from teefusion.settings.cluster import (
+    NAMESPACE_VARIABLES,
+    SECRET_KEYS,
+    ClusterSettings,
+    JobStage,
+    PipelineStep,
+    StepSettings,
+    TolerationSettings,
+)
 from teefusion.settings.loading import (
     job_settings,
     load_settings,
@@ -39,6 +47,8 @@ from teefusion.settings.verdict import EvaluateSettings, GateSettings
 __all__ = [
     "ENV_PREFIX",
     "JOB_VARIABLE",
+    "NAMESPACE_VARIABLES",
+    "SECRET_KEYS",
     "ClusterSettings",
     "EvaluateSettings",
     "FusionSettings",

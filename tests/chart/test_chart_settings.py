@@ -39,6 +39,7 @@ def test_settings_are_those_of_the_values(
     assert cluster.queue == ("teefusion" if values["training"]["queue"]["enabled"] else None)
     assert (cluster.volume_claim, str(cluster.volume_path)) == ("teefusion-work", "/shared")
     assert settings.workdir.is_relative_to("/shared")
+    assert cluster.variables == {"HF_HOME": "/shared/hub"} | values["settings"]["env"]
     assert values["settings"]["env"].items() <= release.one("ConfigMap", "teefusion-settings")["data"].items()
 
 
@@ -91,7 +92,7 @@ def test_fixed_names_do_not_depend_on_the_release() -> None:
     assert "teefusion-settings" in other.names("ConfigMap")
     assert {"teefusion-s3", "teefusion-mlflow"} <= other.names("Secret")
     assert {"teefusion-runner", "teefusion-trainer"} <= other.names("ServiceAccount")
-    assert {"teefusion-work", "teefusion-models"} == other.names("PersistentVolumeClaim")
+    assert {"teefusion-work"} == other.names("PersistentVolumeClaim")
     assert "another-teefusion-mlflow" in other.names("Service")
 
 

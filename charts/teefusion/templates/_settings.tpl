@@ -18,6 +18,7 @@ cluster:
   s3_secret: {{ include "teefusion.s3.secret" . | default nil | toJson }}
   mlflow_secret: {{ include "teefusion.mlflow.secret" . | default nil | toJson }}
   hub_secret: {{ .Values.hub.existingSecret | default nil | toJson }}
+  env: {{ .Values.settings.env | toJson }}
   queue: {{ ternary .Values.training.queue.name nil .Values.training.queue.enabled | toJson }}
   {{- with .Values.imagePullSecrets }}
   image_pull_secrets:
