@@ -71,19 +71,27 @@ def run_summary(arguments: dict[str, Any], *, state: str, error: str | None) -> 
     _take_variables(settings)
     from teefusion.stages.summary import outcome_of, summarize
 
-    outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
-    failed = outcome in ("failed", "cancelled")
-    # A step's own word says more than Kubeflow's, which may be empty.
-    why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
-    summarize(settings, error=why if failed else None, outcome=outcome)
+    failed = state != "SUCCEEDED"
     if failed and any(settings.cluster.takes_trainjob(stage) for stage in ("targets", "train")):
-        from teefusion.cluster import Cluster
-        from teefusion.jobs import delete_orphans
+        _delete_trainjobs(settings)  # first, as it costs by the minute and the disk may be full
+    try:
+        outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
+        # A step's own word says more than Kubeflow's, which may be empty.
+        why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
+        summarize(settings, error=why if failed else None, outcome=outcome)
+    except TeEFusionError as problem:
+        log.error("%s", problem)
+        sys.exit(problem.exit_code)
 
-        try:
-            delete_orphans(Cluster(settings.cluster), settings.run_key)
-        except ClusterError as problem:
-            log.error("%s", problem)
+
+def _delete_trainjobs(settings: Settings) -> None:
+    from teefusion.cluster import Cluster
+    from teefusion.jobs import delete_orphans
+
+    try:
+        delete_orphans(Cluster(settings.cluster), settings.run_key)
+    except ClusterError as problem:
+        log.error("%s", problem)
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:
@@ -131,5 +139,8 @@ def _end(workspace: Workspace, name: str, message: str, code: int) -> NoReturn:
     with contextlib.suppress(StorageError):
         workspace.fail(name, message, code)
     if code in STOPPED:  # a cancelled run may get no further step, not even its exit handler's
-        summarize(workspace.settings, error=message, outcome="cancelled")
+        try:
+            summarize(workspace.settings, error=message, outcome="cancelled")
+        except StorageError as problem:
+            log.error("%s", problem)
     sys.exit(code)

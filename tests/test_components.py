@@ -160,3 +160,36 @@ def test_a_trainjob_that_nobody_waits_for_is_deleted_and_others_are_left(make_se
         delete_orphans(cluster, settings.run_key)
         assert server.count("DELETE", other) == 1
         assert server.count("DELETE", ended) == 0
+
+
+def test_a_trainjob_is_deleted_also_where_the_summary_cannot_be_written(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ApiServer() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        volume = {"cluster.volume_claim": "work", "cluster.volume_path": str(tmp_path)}
+        settings = make_settings({"cluster.namespace": NAMESPACE, "cluster.nodes": 2} | volume)
+        Workspace(settings).start()
+        (Workspace(settings).run / "summary.json").mkdir()  # where a file should go
+        name = trainjob_name("train", settings.run_key)
+        server.create({"metadata": {"name": name}, "spec": {}})
+        with pytest.raises(SystemExit) as ended:
+            run_summary(arguments_of(settings), state="FAILED", error="the node was lost")
+        assert ended.value.code == StorageError.exit_code
+        assert server.count("DELETE", name) == 1
+
+
+def test_a_step_that_is_stopped_ends_so_also_where_the_summary_cannot_be_written(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings()
+    Workspace(settings).start()
+    (Workspace(settings).run / "summary.json").mkdir()
+
+    def stage(_: Settings) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teefusion.stages.ingest.ingest", stage)
+    with pytest.raises(SystemExit) as ended:
+        run_stage("ingest", settings.to_json())
+    assert ended.value.code == 128 + signal.SIGTERM
