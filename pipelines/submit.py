@@ -180,7 +180,7 @@ class Kubeflow:
 
     def _at_work(self, name: str, experiment: str) -> Any:
         found = self._client.list_runs(experiment_id=experiment, filter=_equals(name), sort_by="created_at desc")
-        return next((run for run in found.runs or [] if run.state not in _ENDED), None)
+        return next((run for run in found.runs or [] if run.state not in _ENDED | {"CANCELING"}), None)
 
     def _version(self, wanted: Plan) -> tuple[str, str]:
         """Ids of the pipeline and of its version, with whatever defaults; uploaded if it is new."""
