@@ -40,6 +40,13 @@ def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
     return result
 
 
+def write_record(result: StageResult, path: str) -> None:
+    """Write for Kubeflow's page what a stage made."""
+    from teefusion.stages.summary import record_markdown
+
+    write_bytes(Path(path), record_markdown(result).encode())
+
+
 def run_preflight(arguments: dict[str, Any], report: str) -> str:
     """Check all that the run needs, begin it, and return its settings as JSON. Ends the task as ``run_stage``."""
     setup_logging(mark=STAGE_MARK)

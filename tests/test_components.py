@@ -66,8 +66,10 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
     told = preflight.python_func(**arguments, findings=findings)
     assert settings_from_json(told) == settings
     assert "| teacher | well |" in Path(findings.path).read_text()
-    prompts = ingest.python_func(told)
-    made = targets.python_func(told, prompts)
+    records = {name: Artifact(tmp_path / f"{name}.md") for name in ("ingest", "targets", "register")}
+    prompts = ingest.python_func(told, records["ingest"])
+    made = targets.python_func(told, prompts, records["targets"])
+    assert f"\n| made | {made} |\n" in Path(records["targets"].path).read_text()
     student = train.python_func(told, prompts, made, metrics)
     assert metrics.metrics.keys() == {"guidance_residual"}
     report, verdict, scores = (Artifact(tmp_path / name) for name in ("report.html", "verdict.md", "scores"))
@@ -78,7 +80,8 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
     assert Path(verdict.path).read_text().startswith("## Gate passed" if passed else "## Gate NOT passed\n\n- ")
     assert scores.metrics.keys() == {"score_teacher", "score_student", "nfe_teacher", "nfe_student"}
     if passed:
-        assert register.python_func(told, student, folder) == f"{settings.model_name}/1"
+        assert register.python_func(told, student, folder, records["register"]) == f"{settings.model_name}/1"
+        assert "\n| version | 1 |\n| aliases | challenger |\n" in Path(records["register"].path).read_text()
         required = (Path(student) / "requirements.txt").read_text().split()
         assert f"torch=={importlib.metadata.version('torch').partition('+')[0]}" in required  # as training recorded
     summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""))
@@ -106,7 +109,7 @@ def test_a_step_takes_the_variables_that_its_namespace_adds(
     told = preflight.python_func(**arguments_of(settings), findings=Artifact(tmp_path / "findings.md"))
     assert os.environ["HF_HOME"] == str(tmp_path / "hub")
     monkeypatch.setenv("HF_ENDPOINT", "")
-    ingest.python_func(told)
+    ingest.python_func(told, Artifact(tmp_path / "record.md"))
     assert os.environ["HF_ENDPOINT"] == "https://hub.example.com"
 
 
