@@ -10,7 +10,6 @@ _COMPUTES = ("targets", "train", "evaluate")
 # Limits of the steps that take minutes; those that compute have none but what is set.
 _TIMEOUTS_S = {"preflight": 900, "ingest": 3600, "register": 7200, "summarize": 900}
 _LONGEST_PAUSE = "1800s"
-_USER = 1000  # of the image
 
 
 def place(task: dsl.PipelineTask, step: PipelineStep, name: str, settings: Settings) -> dsl.PipelineTask:
@@ -35,7 +34,8 @@ def place(task: dsl.PipelineTask, step: PipelineStep, name: str, settings: Setti
 
 def _secure(task: dsl.PipelineTask, options: ClusterSettings) -> None:
     """What restricted pod security asks for and Kubeflow leaves to us; it drops capabilities and the like itself."""
-    kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
+    user = options.run_as_user
+    kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=True)
     if options.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(options.image_pull_secrets))
 

@@ -131,6 +131,7 @@ def _patches(options: ClusterSettings) -> list[dict[str, Any]] | None:
     volumes, mounts = _volumes(options)
     pod = _given(
         {
+            "securityContext": _given({"runAsUser": options.run_as_user, "runAsGroup": options.run_as_user}),
             "serviceAccountName": options.service_account,
             "nodeSelector": options.node_selector,
             "tolerations": [toleration.model_dump(exclude_none=True) for toleration in options.tolerations],

@@ -162,6 +162,8 @@ def test_every_step_gets_secrets_and_settings_by_reference_the_volume_and_restri
         assert pod["imagePullSecret"][0]["secretName"] == "pull"
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
         assert container(spec, step)["env"] == [{"name": "HF_HOME", "value": "/shared/cache"}]
+    _, chosen = compiled({"cluster.run_as_user": None})  # by OpenShift
+    assert all(pod["securityContext"] == {"runAsNonRoot": True} for pod in chosen.values())
 
 
 def test_only_steps_that_take_up_their_work_are_tried_again_and_the_others_have_a_time_limit() -> None:

@@ -132,7 +132,8 @@ def test_targets_take_their_own_number_of_nodes() -> None:
 
 
 def test_what_is_not_set_is_left_to_the_runtime() -> None:
-    manifest = build({"device": "cpu", "cluster.shm_gb": None, "cluster.launcher": "trainjob"})
+    nothing = {"cluster.shm_gb": None, "cluster.run_as_user": None}
+    manifest = build({"device": "cpu", "cluster.launcher": "trainjob"} | nothing)
     assert manifest["spec"].keys() == {"runtimeRef", "trainer", "runtimePatches"}
     assert manifest["spec"]["trainer"].keys() == {"numNodes", "numProcPerNode", "command", "args", "env"}
     assert pod(manifest).keys() == {"volumes", "containers"}

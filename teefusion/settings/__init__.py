@@ -1,7 +1,7 @@
 """Everything configurable, as one typed, frozen model that is checked before anything is spent.
 
-Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``), the ``--config`` file, the
-teacher's preset, the defaults. An unknown key is an error in every one of them.
+Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``; ``null`` is none), the
+``--config`` file, the teacher's preset, the defaults. An unknown key is an error in every one of them.
 
 Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the papers' ``w`` is ``s - 1``.
 """

@@ -19,9 +19,9 @@ NAMESPACE_VARIABLES = (
     *(f"TEEFUSION_STORAGE__{name}" for name in ("URI", "ENDPOINT_URL", "REGION", "ADDRESSING_STYLE", "CACHE_GB")),
     *(f"TEEFUSION_MLFLOW__{name}" for name in ("TRACKING_URI", "EXPERIMENT")),
     *(f"TEEFUSION_CLUSTER__{name}" for name in ("RUNTIME", "RUNTIME_KIND", "IMAGE", "IMAGE_PULL_SECRETS", "QUEUE")),
-    *(f"TEEFUSION_CLUSTER__{name}" for name in ("VOLUME_CLAIM", "VOLUME_PATH", "SERVICE_ACCOUNT", "ENV")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("VOLUME_CLAIM", "VOLUME_PATH", "SERVICE_ACCOUNT", "RUN_AS_USER")),
     *(f"TEEFUSION_CLUSTER__{name}_SECRET" for name in ("S3", "MLFLOW", "HUB")),
-    "TEEFUSION_CLUSTER__ACCELERATOR_MEMORY_GB",
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("ACCELERATOR_MEMORY_GB", "ENV")),
 )
 """Keys of the namespace's ConfigMap that become variables of a pipeline's steps, where they are there."""
 SECRET_KEYS = {
@@ -129,6 +129,8 @@ class ClusterSettings(Section):
     """Kueue's WorkloadPriorityClass."""
     service_account: str | None = None
     """Of the training pods; none is the runtime's."""
+    run_as_user: int | None = Field(default=1000, gt=0)
+    """User and group of the pods, as in our images; none is the cluster's choice, as OpenShift wants."""
     image_pull_secrets: tuple[str, ...] = ()
     s3_secret: str | None = "teefusion-s3"
     """Secret with TEEFUSION_S3_ACCESS_KEY_ID and TEEFUSION_S3_SECRET_ACCESS_KEY, perhaps TEEFUSION_S3_SESSION_TOKEN."""

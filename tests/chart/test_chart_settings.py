@@ -55,6 +55,14 @@ def _assert_holds(settings: Settings, values: Json) -> None:
             assert given[section] == inner
 
 
+@pytest.mark.parametrize("user", [None, 2000])
+def test_runs_have_the_charts_user(user: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = render({"security": {"runAsUser": user}}).one("ConfigMap", "teefusion-settings")["data"]
+    for name, value in data.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().cluster.run_as_user == user
+
+
 def test_numbers_reach_the_settings_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"train": {"steps": 2000000, "learning_rate": 0.0000005}, "targets": {"trajectories": 10000000}}
     release = render({"settings": {"values": values}})

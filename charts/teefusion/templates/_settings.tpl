@@ -19,6 +19,7 @@ cluster:
   mlflow_secret: {{ include "teefusion.mlflow.secret" . | default nil | toJson }}
   hub_secret: {{ .Values.hub.existingSecret | default nil | toJson }}
   env: {{ .Values.settings.env | toJson }}
+  run_as_user: {{ .Values.security.runAsUser | toJson | quote }}
   queue: {{ ternary .Values.training.queue.name nil .Values.training.queue.enabled | toJson }}
   {{- with .Values.imagePullSecrets }}
   image_pull_secrets:
