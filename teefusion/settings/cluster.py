@@ -200,8 +200,9 @@ class ClusterSettings(Section):
         secret = sorted(name for name in self.env if name.endswith(_SECRET_ENDINGS))
         if secret:
             raise ValueError(f"env sets {', '.join(secret)}, which anyone could read: put it in a Secret and name that")
-        secrets = [key for setting, keys in SECRET_KEYS.items() if getattr(self, setting) for key in keys]
-        given = Counter([*self.env, *self.config_map_keys, *NAMESPACE_VARIABLES, *secrets])
+        referred = [key for setting, keys in SECRET_KEYS.items() if getattr(self, setting) for key in keys]
+        referred += NAMESPACE_VARIABLES if self.config_map else ()
+        given = Counter([*self.env, *self.config_map_keys, *referred])
         twice = sorted(name for name, times in given.items() if times > 1)
         if twice:
             raise ValueError(
