@@ -6,9 +6,10 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def register(settings: str, student: str, evaluation: str) -> str:
+def register(settings: str, student: str, evaluation: str, record: dsl.Output[dsl.Markdown]) -> str:
     """Register a student whose gate passed; returns `name/version`."""
-    from teefusion.components.runtime import run_stage
+    from teefusion.components.runtime import run_stage, write_record
 
-    details = run_stage("register", settings, student=student, evaluation=evaluation).details
-    return f"{details['name']}/{details['version']}"
+    result = run_stage("register", settings, student=student, evaluation=evaluation)
+    write_record(result, record.path)
+    return f"{result.details['name']}/{result.details['version']}"

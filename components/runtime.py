@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from teefusion.errors import ClusterError, StorageError, TeEFusionError, UsageError
 from teefusion.files import write_bytes
 from teefusion.logs import STAGE_MARK, setup_logging
-from teefusion.parameters import settings_of
+from teefusion.parameters import POD_VARIABLE, settings_of
 from teefusion.settings import Settings, settings_from_json
 from teefusion.workspace import StageName, StageResult, Workspace
 
@@ -28,6 +29,7 @@ def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
     """
     setup_logging(mark=STAGE_MARK)
     parsed = settings_from_json(settings)
+    _take_variables(parsed)
     log.info("== %s", name)
     _refuse_to_repeat(Workspace(parsed), name)
     with _told(Workspace(parsed), name):
@@ -38,11 +40,19 @@ def run_stage(name: StageName, settings: str, **inputs: str) -> StageResult:
     return result
 
 
+def write_record(result: StageResult, path: str) -> None:
+    """Write for Kubeflow's page what a stage made."""
+    from teefusion.stages.summary import record_markdown
+
+    write_bytes(Path(path), record_markdown(result).encode())
+
+
 def run_preflight(arguments: dict[str, Any], report: str) -> str:
     """Check all that the run needs, begin it, and return its settings as JSON. Ends the task as ``run_stage``."""
     setup_logging(mark=STAGE_MARK)
     log.info("== preflight")
     settings = _settings(arguments)
+    _take_variables(settings)
     with _told(Workspace(settings), "preflight"):
         with contextlib.suppress(StorageError):  # of which the check of the workdir tells, beside the others
             Workspace(settings).start()  # forgets what an earlier run left
@@ -63,23 +73,32 @@ def run_preflight(arguments: dict[str, Any], report: str) -> str:
 
 def run_summary(arguments: dict[str, Any], *, state: str, error: str | None) -> None:
     """Write the summary of whatever ended, as the steps began it, and delete the TrainJobs that it left at work."""
-    from teefusion.stages.summary import outcome_of, summarize
-
     setup_logging(mark=STAGE_MARK)
     settings = Workspace(_settings(arguments)).referred()
-    outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
-    failed = outcome in ("failed", "cancelled")
-    # A step's own word says more than Kubeflow's, which may be empty.
-    why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
-    summarize(settings, error=why if failed else None, outcome=outcome)
-    if failed and any(settings.cluster.takes_trainjob(stage) for stage in ("targets", "train")):
-        from teefusion.cluster import Cluster
-        from teefusion.jobs import delete_orphans
+    _take_variables(settings)
+    from teefusion.stages.summary import outcome_of, summarize
 
-        try:
-            delete_orphans(Cluster(settings.cluster), settings.run_key)
-        except ClusterError as problem:
-            log.error("%s", problem)
+    failed = state != "SUCCEEDED"
+    if failed and any(settings.cluster.takes_trainjob(stage) for stage in ("targets", "train")):
+        _delete_trainjobs(settings)  # first, as it costs by the minute and the disk may be full
+    try:
+        outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
+        # A step's own word says more than Kubeflow's, which may be empty.
+        why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
+        summarize(settings, error=why if failed else None, outcome=outcome)
+    except TeEFusionError as problem:
+        log.error("%s", problem)
+        sys.exit(problem.exit_code)
+
+
+def _delete_trainjobs(settings: Settings) -> None:
+    from teefusion.cluster import Cluster
+    from teefusion.jobs import delete_orphans
+
+    try:
+        delete_orphans(Cluster(settings.cluster), settings.run_key)
+    except ClusterError as problem:
+        log.error("%s", problem)
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:
@@ -88,6 +107,12 @@ def _settings(arguments: dict[str, Any]) -> Settings:
     except TeEFusionError as error:  # there is no workdir yet in which to leave the message
         log.error("%s", error)
         sys.exit(error.exit_code)
+
+
+def _take_variables(settings: Settings) -> None:
+    """Set what the namespace's ConfigMap adds to ``cluster.env``: who compiled the pipeline need not have known it."""
+    if POD_VARIABLE in os.environ:
+        os.environ.update(settings.cluster.variables)
 
 
 def _refuse_to_repeat(workspace: Workspace, name: StageName) -> None:
@@ -121,5 +146,8 @@ def _end(workspace: Workspace, name: str, message: str, code: int) -> NoReturn:
     with contextlib.suppress(StorageError):
         workspace.fail(name, message, code)
     if code in STOPPED:  # a cancelled run may get no further step, not even its exit handler's
-        summarize(workspace.settings, error=message, outcome="cancelled")
+        try:
+            summarize(workspace.settings, error=message, outcome="cancelled")
+        except StorageError as problem:
+            log.error("%s", problem)
     sys.exit(code)

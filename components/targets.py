@@ -6,8 +6,10 @@ from teefusion.components.image import RUNTIME_IMAGE
 
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
-def targets(settings: str, prompts: str) -> str:
+def targets(settings: str, prompts: str, record: dsl.Output[dsl.Markdown]) -> str:
     """Make the target set of a prompt set; returns its folder."""
-    from teefusion.components.runtime import run_stage
+    from teefusion.components.runtime import run_stage, write_record
 
-    return str(run_stage("targets", settings, prompts=prompts).output)
+    result = run_stage("targets", settings, prompts=prompts)
+    write_record(result, record.path)
+    return str(result.output)

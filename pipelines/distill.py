@@ -53,16 +53,16 @@ def make_pipeline(settings: Settings):  # type: ignore[no-untyped-def]  # kfp's 
 
 def _stages(run, workers, settings: Settings):  # type: ignore[no-untyped-def]
     """The five stages of a run, whose settings are the output ``run``; ``workers`` make the targets if there are."""
-    prompts = place(ingest(settings=run), "ingest", "Ingest prompts", settings)
-    made = targets(settings=run, prompts=prompts.output)
+    prompts = place(ingest(settings=run), "ingest", "Ingest prompts", settings).outputs["Output"]
+    made = targets(settings=run, prompts=prompts)
     if workers is None:
         place(made, "targets", "Teacher targets", settings)
     else:  # it finds all of it there and says where, for which a pod like that of ingest does
-        shared = workers(settings=run, prompts=prompts.output).set_display_name("Teacher targets")
+        shared = workers(settings=run, prompts=prompts).set_display_name("Teacher targets")
         place(made, "ingest", "Target set", settings).after(shared)
-    trained = train(settings=run, prompts=prompts.output, targets=made.output)
+    trained = train(settings=run, prompts=prompts, targets=made.outputs["Output"])
     student = place(trained, "train", "Train student", settings).outputs["Output"]
-    compared = evaluate(settings=run, prompts=prompts.output, student=student)
+    compared = evaluate(settings=run, prompts=prompts, student=student)
     place(compared, "evaluate", "Evaluate and gate", settings)
     # kfp.local resolves a condition inside an exit handler only where the output is the returned value.
     with dsl.If(compared.outputs["Output"] == True, name="Gate passed"):  # noqa: E712  # kfp overloads ==

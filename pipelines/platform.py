@@ -2,16 +2,14 @@
 
 from kfp import dsl, kubernetes
 
-from teefusion.parameters import NAMESPACE_VARIABLES
-from teefusion.settings import ClusterSettings, PipelineStep, Settings, StepSettings
-from teefusion.trainjobs import SECRET_KEYS, gibibytes
+from teefusion.settings import NAMESPACE_VARIABLES, SECRET_KEYS, ClusterSettings, PipelineStep, Settings, StepSettings
+from teefusion.trainjobs import gibibytes
 
 _COMPUTES = ("targets", "train", "evaluate")
 """The steps that take an accelerator and torch, and take up their work where it stopped."""
 # Limits of the steps that take minutes; those that compute have none but what is set.
 _TIMEOUTS_S = {"preflight": 900, "ingest": 3600, "register": 7200, "summarize": 900}
 _LONGEST_PAUSE = "1800s"
-_USER = 1000  # of the image
 
 
 def place(task: dsl.PipelineTask, step: PipelineStep, name: str, settings: Settings) -> dsl.PipelineTask:
@@ -36,7 +34,8 @@ def place(task: dsl.PipelineTask, step: PipelineStep, name: str, settings: Setti
 
 def _secure(task: dsl.PipelineTask, options: ClusterSettings) -> None:
     """What restricted pod security asks for and Kubeflow leaves to us; it drops capabilities and the like itself."""
-    kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
+    user = options.run_as_user
+    kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=True)
     if options.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(options.image_pull_secrets))
 
@@ -49,44 +48,39 @@ def _configure(task: dsl.PipelineTask, options: ClusterSettings) -> None:
     if options.config_map:
         keys = (*NAMESPACE_VARIABLES, *options.config_map_keys)
         kubernetes.use_config_map_as_env(task, options.config_map, {key: key for key in keys}, optional=True)
-    for name, value in options.env.items():
+    for name, value in options.variables.items():
         task.set_env_variable(name, value)
     if options.volume_claim:
         kubernetes.mount_pvc(task, pvc_name=options.volume_claim, mount_path=str(options.volume_path))
 
 
 def _size(task: dsl.PipelineTask, step: PipelineStep, own: StepSettings, settings: Settings) -> None:
-    """Image and machine. A step that computes has a node as ``cluster`` says; one that starts a TrainJob only waits."""
-    options = settings.cluster
+    """Image and machine. A step that computes has a node as ``cluster`` says; one that starts a TrainJob only waits.
+
+    What ``cluster.steps`` says of the latter is its TrainJob's.
+    """
+    options = settings.cluster.for_step(step)
     waits = step in ("targets", "train") and options.takes_trainjob(step)
     computes = step in _COMPUTES and not waits
-    image = options.image if computes else options.small_image or options.image
-    if image := own.image or image:
+    node = options if computes else StepSettings() if waits else own
+    if image := node.image or (None if computes else settings.cluster.small_image or settings.cluster.image):
         task.set_container_image(image)
-    node = options if computes else StepSettings()
-    if cpus := own.cpus or node.cpus:
-        task.set_cpu_request(f"{cpus:g}")
-    if memory := gibibytes(own.memory_gb or node.memory_gb):
+    if node.cpus:
+        task.set_cpu_request(f"{node.cpus:g}")
+    if memory := gibibytes(node.memory_gb):
         task.set_memory_request(memory).set_memory_limit(memory)
-    count = own.accelerators if own.accelerators is not None else _accelerators(step, settings) if computes else 0
+    count = node.accelerators
+    if count is None and computes and settings.device != "cpu":
+        count = int(getattr(settings, step).num_processes)  # one a process
     if count:
         task.set_accelerator_type(options.accelerator).set_accelerator_limit(count)
-    selector = own.node_selector if own.node_selector is not None else node.node_selector
-    for label, value in (selector or {}).items():
+    for label, value in (node.node_selector or {}).items():
         kubernetes.add_node_selector(task, label, value)
-    tolerations = own.tolerations if own.tolerations is not None else node.tolerations
-    for toleration in tolerations or ():
+    for toleration in node.tolerations or ():
         kubernetes.add_toleration(task, **toleration.model_dump())
-    if shm := gibibytes(own.shm_gb or node.shm_gb):
+    if shm := gibibytes(node.shm_gb):
         kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit=shm)
     queue = {"queue-name": options.queue, "priority-class": options.priority_class} if computes else {}
     for label, value in queue.items():
         if value:
             kubernetes.add_pod_label(task, f"kueue.x-k8s.io/{label}", value)
-
-
-def _accelerators(step: PipelineStep, settings: Settings) -> int:
-    """One a process and none on a CPU, unless their number is set."""
-    if settings.cluster.accelerators is not None:
-        return settings.cluster.accelerators
-    return 0 if settings.device == "cpu" else int(getattr(settings, step).num_processes)

@@ -17,9 +17,7 @@ from typing import Any, get_args
 
 import kfp_server_api
 import requests
-from kfp import Client
-from kfp.client import KF_PIPELINES_SA_TOKEN_ENV
-from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
+from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, Client, ServiceAccountTokenVolumeCredentials
 from urllib3.exceptions import HTTPError
 
 from teefusion.errors import ClusterError, SettingsError
@@ -93,8 +91,8 @@ class Kubeflow:
         self.options = options
         if host := options.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
             _require_answer(host)
-        # kfp takes this by itself only where it is told of no host.
-        credentials = ServiceAccountTokenVolumeCredentials() if KF_PIPELINES_SA_TOKEN_ENV in os.environ else None
+        # kfp takes the variable by itself only where it is given no host.
+        credentials = ServiceAccountTokenVolumeCredentials() if os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) else None
         with _errors("connect"):
             self._client = Client(host=options.host, ui_host=options.ui_host, credentials=credentials)
 
@@ -182,7 +180,7 @@ class Kubeflow:
 
     def _at_work(self, name: str, experiment: str) -> Any:
         found = self._client.list_runs(experiment_id=experiment, filter=_equals(name), sort_by="created_at desc")
-        return next((run for run in found.runs or [] if run.state not in _ENDED), None)
+        return next((run for run in found.runs or [] if run.state not in _ENDED | {"CANCELING"}), None)
 
     def _version(self, wanted: Plan) -> tuple[str, str]:
         """Ids of the pipeline and of its version, with whatever defaults; uploaded if it is new."""

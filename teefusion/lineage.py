@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 from teefusion.manifests import Manifest
@@ -12,6 +13,11 @@ from teefusion.settings import Settings
 _PACKAGE = Path(__file__).parent
 UNKNOWN = "unknown"
 LINEAGE = ("prompt_set", "target_set", "target_set_digest", "code_commit", "image")
+LIBRARIES = (
+    *("teefusion", "mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers"),
+    *("sentencepiece", "numpy", "pandas", "pillow"),
+)
+"""What a student is loaded by, as packages."""
 
 
 def lineage(settings: Settings, manifest: Manifest) -> dict[str, str]:
@@ -23,6 +29,11 @@ def lineage(settings: Settings, manifest: Manifest) -> dict[str, str]:
         "code_commit": code_commit(),
         "image": os.environ.get("TEEFUSION_IMAGE") or settings.cluster.image or UNKNOWN,
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of `LIBRARIES` here, without local parts such as ``+cpu``, which no index has."""
+    return {name: version(name).partition("+")[0] for name in LIBRARIES}
 
 
 def code_commit() -> str:

@@ -30,17 +30,6 @@ PARAMETERS: dict[str, str] = {
     "gate": "gate",
 }
 """Setting of each of the pipeline's parameters; a section is a parameter as a whole."""
-NAMESPACE_VARIABLES = (
-    "TEEFUSION_WORKDIR",
-    *(f"TEEFUSION_STORAGE__{name}" for name in ("URI", "ENDPOINT_URL", "REGION", "ADDRESSING_STYLE", "CACHE_GB")),
-    *(f"TEEFUSION_MLFLOW__{name}" for name in ("TRACKING_URI", "EXPERIMENT")),
-    *(f"TEEFUSION_CLUSTER__{name}" for name in ("RUNTIME", "RUNTIME_KIND", "IMAGE", "IMAGE_PULL_SECRETS", "QUEUE")),
-    *(f"TEEFUSION_CLUSTER__{name}" for name in ("VOLUME_CLAIM", "VOLUME_PATH", "SERVICE_ACCOUNT")),
-    *(f"TEEFUSION_CLUSTER__{name}_SECRET" for name in ("S3", "MLFLOW", "HUB")),
-    "TEEFUSION_CLUSTER__ACCELERATOR_MEMORY_GB",
-    "HF_ENDPOINT",
-)
-"""Keys of the namespace's ConfigMap that become variables of a pipeline's steps, where they are there."""
 POD_VARIABLE = "KFP_POD_NAME"
 """In every step of Kubeflow Pipelines on a cluster; a host name may be cut short."""
 

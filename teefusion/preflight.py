@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teefusion.errors import PipelineError, PreflightError, ScorerError, SettingsError, StorageError, TeEFusionError
 from teefusion.files import readable_bytes
@@ -25,6 +26,9 @@ from teefusion.sources import pin, prompt_path
 from teefusion.storage import is_remote, open_store
 from teefusion.teacher_files import require_source, teacher_files
 from teefusion.tracking import check_access
+
+if TYPE_CHECKING:
+    from teefusion.cluster import Cluster
 
 # Of a check that asks a server: it is to say soon that there is none.
 _ATTEMPTS, _TIMEOUT_S = 2, 5.0
@@ -202,11 +206,22 @@ def _memory(settings: Settings, need: Footprint) -> str:
     return f"{told}, and an accelerator has {readable_bytes(have)}"
 
 
-def _trainjobs(settings: Settings) -> str:
+def _trainjobs(settings: Settings) -> list[Finding]:
+    """Whether this account may make them, and whether there is what they are made of."""
     from teefusion.cluster import Cluster
 
-    options = settings.cluster.model_copy(update={"patience_s": _TIMEOUT_S})
-    cluster = Cluster(options)
+    cluster = Cluster(settings.cluster.model_copy(update={"patience_s": _TIMEOUT_S}))
+    return [
+        *_find("trainjobs", lambda: _rights(cluster)),
+        *_find("training runtime", lambda: _runtime(cluster)),
+    ]
+
+
+def _rights(cluster: Cluster) -> str:
     cluster.require_rights()
+    return f"may be made in namespace {cluster.namespace}"
+
+
+def _runtime(cluster: Cluster) -> str:
     cluster.require_runtime()
-    return f"may be made in namespace {cluster.namespace}; {options.runtime_kind} {options.runtime} is there"
+    return f"{cluster.options.runtime_kind} {cluster.options.runtime} is there"

@@ -21,7 +21,7 @@ from teefusion.errors import InterruptedRunError, TrainingError
 from teefusion.export import export_student
 from teefusion.files import write_json
 from teefusion.heldout import HeldOut
-from teefusion.lineage import lineage
+from teefusion.lineage import library_versions, lineage
 from teefusion.manifests import Manifest
 from teefusion.memory import MemoryMeter
 from teefusion.onpolicy import OnPolicyStream
@@ -222,6 +222,7 @@ class Run:
                 "zero_stage": self.options.zero_stage,
                 "fusion": self.student.fusion.model_dump(),
                 "lineage": self.lineage,
+                "libraries": library_versions(),
                 "parameters": sum(weight.numel() for weight in student.transformer.parameters()),
                 "trained_parameters": sum(weight.numel() for weight in weights.values()),
             }

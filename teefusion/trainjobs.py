@@ -13,7 +13,7 @@ from typing import Any
 
 from teefusion.errors import SettingsError
 from teefusion.files import content_key
-from teefusion.settings import JOB_VARIABLE, ClusterSettings, JobStage, Settings
+from teefusion.settings import JOB_VARIABLE, SECRET_KEYS, ClusterSettings, JobStage, Settings
 from teefusion.sources import paths_of
 from teefusion.storage import is_remote, local_path
 
@@ -24,13 +24,6 @@ DIGEST = "teefusion.io/digest"
 """Annotation with which a job of other settings is told from the one that would be made now."""
 _MANAGER = "teefusion.io/launcher"
 _SHM, _SHARED = "dshm", "teefusion-shared"
-SECRET_KEYS = {
-    "s3_secret": ("TEEFUSION_S3_ACCESS_KEY_ID", "TEEFUSION_S3_SECRET_ACCESS_KEY", "TEEFUSION_S3_SESSION_TOKEN"),
-    "mlflow_secret": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
-    "hub_secret": ("HF_TOKEN",),
-}
-"""Keys of each secret, which are the variables' names too. None has to be there: a pod that starts can say what it
-lacks, and one that waits for a key cannot."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,8 @@ def build_trainjob(
     Raises SettingsError where pods could not reach what the work reads and writes.
     """
     require_reachable(settings, work)
-    options = settings.cluster
+    options = settings.cluster.for_step(work.stage)
+    settings = settings.model_copy(update={"cluster": options})  # of which lineage tells, too
     spec = _given(
         {
             "runtimeRef": {"apiGroup": GROUP, "kind": options.runtime_kind, "name": options.runtime},
@@ -119,7 +113,7 @@ def _resources(settings: Settings) -> dict[str, Any] | None:
 
 def _env(settings: Settings) -> list[dict[str, Any]]:
     options = settings.cluster
-    plain = {JOB_VARIABLE: settings.to_json()} | options.env
+    plain = {JOB_VARIABLE: settings.to_json()} | options.variables
     env: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in plain.items()]
     for setting, keys in SECRET_KEYS.items():
         secret = getattr(options, setting)
@@ -127,7 +121,8 @@ def _env(settings: Settings) -> list[dict[str, Any]]:
             reference = {"name": secret, "key": key, "optional": True}
             env.append({"name": key, "valueFrom": {"secretKeyRef": reference}})
     for key in options.config_map_keys:
-        env.append({"name": key, "valueFrom": {"configMapKeyRef": {"name": options.config_map, "key": key}}})
+        reference = {"name": options.config_map, "key": key, "optional": True}
+        env.append({"name": key, "valueFrom": {"configMapKeyRef": reference}})
     return env
 
 
@@ -136,6 +131,7 @@ def _patches(options: ClusterSettings) -> list[dict[str, Any]] | None:
     volumes, mounts = _volumes(options)
     pod = _given(
         {
+            "securityContext": _given({"runAsUser": options.run_as_user, "runAsGroup": options.run_as_user}),
             "serviceAccountName": options.service_account,
             "nodeSelector": options.node_selector,
             "tolerations": [toleration.model_dump(exclude_none=True) for toleration in options.tolerations],

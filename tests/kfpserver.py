@@ -38,7 +38,7 @@ class KfpServer(Double):
         self.busy = 0  # so many requests are answered 503 first
         self.plays: list[list[tuple[str, dict[str, str]]]] = []  # of the next runs: (state, steps) by look
         self.requests: list[tuple[str, str]] = []
-        self.credentials: set[str | None] = set()  # of all requests but those that ask whether it is there
+        self.token: str | None = None  # of all but the health check, where it is set
         super().__init__(_Handler)
 
     def all(self, kind: str) -> list[Json]:
@@ -116,9 +116,10 @@ class _Handler(Handler):
     def respond(self) -> None:
         path, query, body = self.read()
         self.double.requests.append((self.command, path))
-        if not path.endswith("/healthz"):
-            self.double.credentials.add(self.headers["Authorization"])
-        if self.double.busy and self.command == "GET" and "/runs/" in path:
+        token = self.double.token
+        if token and not path.endswith("/healthz") and self.headers["Authorization"] != f"Bearer {token}":
+            self.answer(401, {"message": "Request header error: there is no user identity header"})
+        elif self.double.busy and self.command == "GET" and "/runs/" in path:
             self.double.busy -= 1
             self.answer(503, {"message": "the API server is starting"})
         else:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from teefusion.errors import SettingsError
-from teefusion.parameters import NAMESPACE_VARIABLES, arguments_of, settings_of
+from teefusion.parameters import arguments_of, settings_of
 from teefusion.pipelines.compile import compile_pipeline, pipeline_yaml, version_of
-from teefusion.settings import Settings, load_settings
+from teefusion.settings import NAMESPACE_VARIABLES, Settings, load_settings
 
 GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
 CLUSTER = {
@@ -32,7 +32,7 @@ CLUSTER = {
     "cluster.volume_claim": "teefusion-work",
     "cluster.volume_path": "/shared",
     "cluster.config_map_keys": ["HTTPS_PROXY"],
-    "cluster.env": {"HF_HOME": "/shared/hub"},
+    "cluster.env": {"HF_HOME": "/shared/cache"},
     "cluster.steps": {"evaluate": {"accelerators": 1, "timeout_s": 7200}, "register": {"memory_gb": 4}},
 }
 GPU = ("targets", "train", "evaluate")
@@ -161,7 +161,9 @@ def test_every_step_gets_secrets_and_settings_by_reference_the_volume_and_restri
         assert (volume["constant"], volume["mountPath"]) == ("teefusion-work", "/shared")
         assert pod["imagePullSecret"][0]["secretName"] == "pull"
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
-        assert container(spec, step)["env"] == [{"name": "HF_HOME", "value": "/shared/hub"}]
+        assert container(spec, step)["env"] == [{"name": "HF_HOME", "value": "/shared/cache"}]
+    _, chosen = compiled({"cluster.run_as_user": None})  # by OpenShift
+    assert all(pod["securityContext"] == {"runAsNonRoot": True} for pod in chosen.values())
 
 
 def test_only_steps_that_take_up_their_work_are_tried_again_and_the_others_have_a_time_limit() -> None:
@@ -195,6 +197,16 @@ def test_a_step_that_starts_a_trainjob_waits_on_a_small_machine() -> None:
     assert "nodeSelector" not in platform["exec-train"]
     assert container(spec, "train")["image"] == CLUSTER["cluster.small_image"]
     assert container(spec, "targets")["resources"]["accelerator"]["resourceCount"] == "8"
+    own = {"image": "own", "memory_gb": 64, "accelerators": 4, "node_selector": {"a": "b"}, "timeout_s": 60}
+    spec, platform = compiled({"cluster.nodes": 2, "cluster.processes_per_node": 8, "cluster.steps": {"train": own}})
+    assert "resources" not in container(spec, "train")  # which the nodes of the TrainJob have
+    assert container(spec, "train")["image"] == CLUSTER["cluster.small_image"]
+    assert (platform["exec-train"].get("nodeSelector"), platform["exec-train"]["activeDeadlineSeconds"]) == (None, "60")
+
+
+def test_downloads_go_to_the_volume_where_nothing_else_is_said() -> None:
+    spec, _ = compiled({"cluster.env": {}})
+    assert container(spec, "train")["env"] == [{"name": "HF_HOME", "value": "/shared/hub"}]
 
 
 def test_targets_fan_out_with_a_limit_and_training_waits_for_all_of_them() -> None:
@@ -235,3 +247,16 @@ def test_a_namespace_says_where_things_are_and_not_what_is_computed(monkeypatch:
     monkeypatch.setenv("TEEFUSION_TRAIN__STEPS", "7")
     with pytest.raises(SettingsError, match="would change what the run computes"):
         settings_of(arguments)
+
+
+def test_what_a_run_says_of_its_pods_stands_over_the_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"cluster.image": "new", "cluster.hub_secret": None, "cluster.env": {"NCCL_DEBUG": "INFO"}}
+    arguments = arguments_of(load_settings(overrides=run))
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    namespace = {"IMAGE": "old", "QUEUE": "gpu", "HUB_SECRET": "hub"}
+    namespace["ENV"] = '{"NCCL_DEBUG": "WARN", "HTTPS_PROXY": "p"}'
+    for name, value in namespace.items():
+        monkeypatch.setenv(f"TEEFUSION_CLUSTER__{name}", value)
+    found = settings_of(arguments).cluster
+    assert (found.image, found.queue, found.hub_secret) == ("new", "gpu", None)
+    assert found.env == {"NCCL_DEBUG": "INFO", "HTTPS_PROXY": "p"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,8 +66,10 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
     told = preflight.python_func(**arguments, findings=findings)
     assert settings_from_json(told) == settings
     assert "| teacher | well |" in Path(findings.path).read_text()
-    prompts = ingest.python_func(told)
-    made = targets.python_func(told, prompts)
+    records = {name: Artifact(tmp_path / f"{name}.md") for name in ("ingest", "targets", "register")}
+    prompts = ingest.python_func(told, records["ingest"])
+    made = targets.python_func(told, prompts, records["targets"])
+    assert f"\n| made | {made} |\n" in Path(records["targets"].path).read_text()
     student = train.python_func(told, prompts, made, metrics)
     assert metrics.metrics.keys() == {"guidance_residual"}
     report, verdict, scores = (Artifact(tmp_path / name) for name in ("report.html", "verdict.md", "scores"))
@@ -76,7 +80,10 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
     assert Path(verdict.path).read_text().startswith("## Gate passed" if passed else "## Gate NOT passed\n\n- ")
     assert scores.metrics.keys() == {"score_teacher", "score_student", "nfe_teacher", "nfe_student"}
     if passed:
-        assert register.python_func(told, student, folder) == f"{settings.model_name}/1"
+        assert register.python_func(told, student, folder, records["register"]) == f"{settings.model_name}/1"
+        assert "\n| version | 1 |\n| aliases | challenger |\n" in Path(records["register"].path).read_text()
+        required = (Path(student) / "requirements.txt").read_text().split()
+        assert f"torch=={importlib.metadata.version('torch').partition('+')[0]}" in required  # as training recorded
     summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""))
     summary = read_json(settings.workdir / "summary.json")
     assert (summary["outcome"], summary["error"]) == (outcome, None)
@@ -90,6 +97,20 @@ def test_the_exit_handler_finds_the_run_that_preflight_pinned(make_settings: Mak
     run_summary(arguments, state="FAILED", error="the node was lost")
     summary = read_json(settings.workdir / "runs" / settings.run_key / "summary.json")
     assert (summary["outcome"], summary["error"]) == ("failed", "the node was lost")
+
+
+def test_a_step_takes_the_variables_that_its_namespace_adds(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"HF_HOME": "", "HF_ENDPOINT": "", "KFP_POD_NAME": "step"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TEEFUSION_CLUSTER__ENV", '{"HF_ENDPOINT": "https://hub.example.com"}')
+    settings = make_settings({"cluster.volume_claim": "work", "cluster.volume_path": str(tmp_path)})
+    told = preflight.python_func(**arguments_of(settings), findings=Artifact(tmp_path / "findings.md"))
+    assert os.environ["HF_HOME"] == str(tmp_path / "hub")
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    ingest.python_func(told, Artifact(tmp_path / "record.md"))
+    assert os.environ["HF_ENDPOINT"] == "https://hub.example.com"
 
 
 def test_a_users_mistake_is_not_tried_again_and_a_failure_is(
@@ -142,3 +163,36 @@ def test_a_trainjob_that_nobody_waits_for_is_deleted_and_others_are_left(make_se
         delete_orphans(cluster, settings.run_key)
         assert server.count("DELETE", other) == 1
         assert server.count("DELETE", ended) == 0
+
+
+def test_a_trainjob_is_deleted_also_where_the_summary_cannot_be_written(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ApiServer() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+        volume = {"cluster.volume_claim": "work", "cluster.volume_path": str(tmp_path)}
+        settings = make_settings({"cluster.namespace": NAMESPACE, "cluster.nodes": 2} | volume)
+        Workspace(settings).start()
+        (Workspace(settings).run / "summary.json").mkdir()  # where a file should go
+        name = trainjob_name("train", settings.run_key)
+        server.create({"metadata": {"name": name}, "spec": {}})
+        with pytest.raises(SystemExit) as ended:
+            run_summary(arguments_of(settings), state="FAILED", error="the node was lost")
+        assert ended.value.code == StorageError.exit_code
+        assert server.count("DELETE", name) == 1
+
+
+def test_a_step_that_is_stopped_ends_so_also_where_the_summary_cannot_be_written(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings()
+    Workspace(settings).start()
+    (Workspace(settings).run / "summary.json").mkdir()
+
+    def stage(_: Settings) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teefusion.stages.ingest.ingest", stage)
+    with pytest.raises(SystemExit) as ended:
+        run_stage("ingest", settings.to_json())
+    assert ended.value.code == 128 + signal.SIGTERM

@@ -226,8 +226,10 @@ def test_rights_and_runtime_of_trainjobs_are_checked(make_settings: Make, cluste
     cluster.forbidden = {("create", "trainjobs"), ("get", "pods/log")}
     told = wrong(settings)["trainjobs"]
     assert f"may not create trainjobs, get pods/log in namespace {NAMESPACE}" in told
-    cluster.forbidden, cluster.runtimes = set(), set()
-    assert "There is no TrainingRuntime 'teefusion-torch'" in wrong(settings)["trainjobs"]
+    cluster.runtimes = set()
+    found = wrong(settings)  # both at once
+    assert found.keys() == {"trainjobs", "training runtime"}
+    assert "There is no TrainingRuntime 'teefusion-torch'" in found["training runtime"]
 
 
 class _Gated:

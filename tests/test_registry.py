@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def evaluation(folder: Path, *, passed: bool) -> Path:
         "nfe": {"teacher": 8.0, "student": 4.0},
         "guidance_residual": 0.125,
         "scorer": {"name": "tiny", "weights_sha256": "ab12"},
-        "training": {"lineage": {"target_set": "cd34", "target_set_digest": "ef56"}},
+        "training": {
+            "lineage": {"target_set": "cd34", "target_set_digest": "ef56"},
+            "libraries": {"torch": "2.13.0", "diffusers": "0.42.0"},
+        },
     }
     write_json(folder / "evaluation.json", result)
     return folder
@@ -65,6 +69,23 @@ def test_a_passed_student_becomes_challenger_with_its_history_in_tags(make_setti
     rows = ("teacher", "licence", "data", "method", "forwards a picture", "code, image")
     assert all(f"\n| {row} | " in version.description for row in rows)
     assert all(f"\n## {part}\n" in version.description for part in ("Scores", "Gate: passed", "Limits", "Use"))
+
+
+def test_a_student_is_registered_where_nothing_is_that_trained_it(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.metadata.Distribution.from_name
+
+    def find_in_the_small_image(name: str) -> importlib.metadata.Distribution:
+        if name in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "sentencepiece"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", find_in_the_small_image)
+    folder = student(tmp_path / "s")
+    register(make_settings(), folder, evaluation(tmp_path / "e", passed=True))
+    required = (folder / "requirements.txt").read_text().split()
+    assert {"torch==2.13.0", "diffusers==0.42.0", "pillow"} <= set(required)  # the record says nothing of pillow
 
 
 def test_registering_again_makes_no_second_version(make_settings: Make, tmp_path: Path) -> None:

@@ -73,11 +73,12 @@ def test_a_published_version_has_its_own_defaults_and_is_that_of_every_run(serve
     assert len(server.packages) == len(server.all("versions")) == 2
 
 
-def test_a_run_at_work_is_joined_and_one_that_has_ended_is_not(server: KfpServer) -> None:
+@pytest.mark.parametrize("state", ["FAILED", "CANCELING"])
+def test_a_run_at_work_is_joined_and_one_that_has_ended_or_is_about_to_is_not(server: KfpServer, state: str) -> None:
     first, again = (submit(server)["runs"][0] for _ in range(2))
     assert (first["attached"], again["attached"]) == (False, True)
     assert again["run_id"] == first["run_id"]
-    server.play(server.all("runs")[0], "FAILED", {})
+    server.play(server.all("runs")[0], state, {})
     assert submit(server)["runs"][0]["attached"] is False
     assert len(server.all("runs")) == 2
 

@@ -132,7 +132,8 @@ def test_targets_take_their_own_number_of_nodes() -> None:
 
 
 def test_what_is_not_set_is_left_to_the_runtime() -> None:
-    manifest = build({"device": "cpu", "cluster.shm_gb": None, "cluster.launcher": "trainjob"})
+    nothing = {"cluster.shm_gb": None, "cluster.run_as_user": None}
+    manifest = build({"device": "cpu", "cluster.launcher": "trainjob"} | nothing)
     assert manifest["spec"].keys() == {"runtimeRef", "trainer", "runtimePatches"}
     assert manifest["spec"]["trainer"].keys() == {"numNodes", "numProcPerNode", "command", "args", "env"}
     assert pod(manifest).keys() == {"volumes", "containers"}
@@ -153,6 +154,25 @@ def test_a_node_has_an_accelerator_a_process_unless_told_otherwise(
     resources = build(overrides)["spec"]["trainer"]["resourcesPerNode"]
     assert resources.get("limits", {}) == devices
     assert resources["requests"].items() >= devices.items()
+
+
+def test_what_is_said_of_one_step_is_what_its_nodes_are() -> None:
+    own = {"image": "own", "memory_gb": 64, "accelerators": 4, "node_selector": {"zone": "b"}, "shm_gb": 8}
+    many = {"cluster.nodes": 2, "cluster.memory_gb": 512, "cluster.image": "all", "cluster.steps": {"train": own}}
+    manifest = build(many)
+    trainer = manifest["spec"]["trainer"]
+    assert trainer["image"] == "own"
+    assert trainer["resourcesPerNode"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "4"}
+    assert pod(manifest)["nodeSelector"] == {"zone": "b"}
+    assert pod(manifest)["volumes"][0]["emptyDir"]["sizeLimit"] == "8Gi"
+    targets = Work("targets", "teefusion.target_sets", {"prompts": "/shared/p", "output": "s3://bucket/t"})
+    assert build(many, targets)["spec"]["trainer"]["image"] == "all"
+
+
+def test_downloads_go_to_the_volume_where_nothing_else_is_said() -> None:
+    assert variables(build())["HF_HOME"] == "/shared/hub"
+    assert "value" not in variables(build({"cluster.config_map_keys": ["HF_HOME"]}))["HF_HOME"]
+    assert variables(build({"cluster.env": {"HF_HOME": "/shared/cache"}}))["HF_HOME"] == "/shared/cache"
 
 
 def test_other_settings_give_another_digest() -> None:
@@ -189,6 +209,9 @@ def test_folders_that_pods_cannot_see_are_refused(
         ({"cluster.priority_class": "high"}, "takes a queue"),
         ({"cluster.env": {"PET_NNODES": "9"}}, "env sets PET_NNODES"),
         ({"cluster.env": {"HF_TOKEN": "x"}}, "env sets HF_TOKEN, which anyone could read"),
+        ({"cluster.env": {"MLFLOW_TRACKING_USERNAME": "x"}}, "pods would get MLFLOW_TRACKING_USERNAME twice"),
+        ({"cluster.config_map_keys": ["TEEFUSION_WORKDIR"]}, "pods would get TEEFUSION_WORKDIR twice"),
+        ({"cluster.config_map_keys": ["A", "B"], "cluster.env": {"A": "x"}}, "pods would get A twice"),
         ({"cluster.tolerations": [{"operator": "Equal"}]}, "operator Equal takes a value"),
         ({"cluster.accelerator": "gpu"}, "cluster.accelerator"),
     ],

@@ -72,7 +72,7 @@ class CleanEnvironment:
 
     def install(self, wheel: Path, extras: str = "") -> None:
         constraints = str(ROOT / "constraints.txt")
-        pip = (str(self.bin / "python"), "-m", "pip", "install", "--quiet", "--constraint", constraints)
+        pip = (str(self.bin / "python"), "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints)
         self.run(*pip, f"{wheel}{extras}", timeout_s=1200)
 
 
@@ -84,6 +84,40 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cle
     environment.install(wheel)
     yield environment
     shutil.rmtree(folder)  # with torch in it, too large for pytest to keep
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wheel_runs_the_small_steps_with_the_extras_of_the_small_image(wheel: Path, tmp_path: Path) -> None:
+    environment = CleanEnvironment(tmp_path)
+    environment.install(wheel, "[pipeline,steps]")
+    environment.teefusion("preflight", "--workdir", "out", "--set", "device=cpu")
+    environment.teefusion("ingest", "--workdir", "out")
+    student, evaluation = environment.cwd / "student", environment.cwd / "evaluation"
+    student.mkdir()
+    (student / "model_index.json").write_text("{}")
+    scores = {"overall": {"mean": 31.0, "n": 8}}
+    interval = {"n": 8, "reference_mean": 31.0, "student_mean": 31.0, "difference": 0.0, "low": -0.1, "high": 0.1}
+    result = {
+        "gate": {"passed": True, "reasons": [], "confidence": 0.95, "intervals": {"overall": interval}},
+        "scores": {row: scores for row in ("unguided", "teacher", "student")},
+        "nfe": {"teacher": 8.0, "student": 4.0},
+        "guidance_residual": 0.125,
+        "scorer": {"name": "tiny", "weights_sha256": "ab12"},
+        "training": {"libraries": {"torch": "2.13.0"}},
+    }
+    evaluation.mkdir()
+    (evaluation / "evaluation.json").write_text(json.dumps(result))
+    environment.python(
+        "from pathlib import Path\n"
+        "from teefusion.components.runtime import run_stage\n"
+        "from teefusion.settings import load_settings\n"
+        "from teefusion.sources import pin\n"
+        "settings = pin(load_settings(overrides={'workdir': Path('out')})).to_json()\n"
+        f"run_stage('register', settings, student={str(student)!r}, evaluation={str(evaluation)!r})\n"
+    )
+    assert "torch==2.13.0" in (student / "requirements.txt").read_text().split()
+    shutil.rmtree(tmp_path / "venv")
 
 
 # The four below share an environment, and each adds to it: their order is part of the test.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teefusion.errors import IntegrityError
 from teefusion.files import sha256_folder, write_bytes
+from teefusion.lineage import LIBRARIES
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -29,10 +30,6 @@ _DIGEST = "student_files"
 _LOADER = "teefusion.registry.pyfunc"
 _STEPS = 20  # as in teefusion.generation, which loads torch
 _GUIDANCE_SCALE = 4.0
-_REQUIREMENTS = (
-    *("teefusion", "mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers"),
-    *("sentencepiece", "numpy", "pandas", "pillow"),
-)
 
 
 def digest_of(student: Path) -> str:
@@ -52,10 +49,11 @@ def check_files(student: Path) -> None:
         )
 
 
-def add_mlflow_files(student: Path) -> None:
+def add_mlflow_files(student: Path, libraries: Mapping[str, str]) -> None:
     """Write MLflow's files into a student folder, ``MLmodel`` last; nothing where it is there. Raises StorageError.
 
-    From then on they are part of the folder's digest.
+    From then on they are part of the folder's digest. ``libraries`` are the versions that the student was trained with:
+    where it is registered they need not be installed. One that is not among them is required in any version.
     """
     if (student / MLMODEL).exists():
         return
@@ -70,7 +68,7 @@ def add_mlflow_files(student: Path) -> None:
             signature=_signature(student),
             metadata={_DIGEST: sha256_folder(student, besides=_FILES)},
             input_example=pandas.DataFrame({"prompt": ["a photo of a red star on a blue background"]}),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS],
+            pip_requirements=[f"{name}=={libraries[name]}" if name in libraries else name for name in LIBRARIES],
         )
         for name in _FILES:
             if (made / name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
 _KEY_TAG = "run_key"
 
 
-def register(settings: Settings, student: Path, tags: dict[str, Any], description: str) -> tuple[dict[str, Any], bool]:
+def register(
+    settings: Settings, student: Path, tags: dict[str, Any], description: str, libraries: Mapping[str, str]
+) -> tuple[dict[str, Any], bool]:
     """Make a version of this student, or find the one that is there, and give it the alias ``challenger``.
 
-    Adds to the folder what makes it an MLflow model. Returns name, version, aliases and source, and whether the version
-    was there already. Only a student whose gate passed may come here. Raises TrackingError, StorageError.
+    Adds to the folder what makes it an MLflow model, which requires ``libraries``, versions by name. Returns name,
+    version, aliases and source, and whether the version was there already. Only a student whose gate passed may come
+    here. Raises TrackingError, StorageError.
     """
     client, name = connect(settings), settings.model_name
-    add_mlflow_files(student)
+    add_mlflow_files(student, libraries)
     digest = digest_of(student)
     with mlflow_errors(settings, f"register {name}"):
         version = _find(client, name, digest, settings.run_key)

@@ -1,14 +1,22 @@
 """Everything configurable, as one typed, frozen model that is checked before anything is spent.
 
-Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``), the ``--config`` file, the
-teacher's preset, the defaults. An unknown key is an error in every one of them.
+Sources, strongest first: command line, ``TEEFUSION_*`` variables (nested with ``__``; ``null`` is none), the
+``--config`` file, the teacher's preset, the defaults. An unknown key is an error in every one of them.
 
 Guidance is always diffusers' ``s`` (``uncond + s * (cond - uncond)``); the papers' ``w`` is ``s - 1``.
 """
 
 from __future__ import annotations
 
-from teefusion.settings.cluster import ClusterSettings, JobStage, PipelineStep, StepSettings, TolerationSettings
+from teefusion.settings.cluster import (
+    NAMESPACE_VARIABLES,
+    SECRET_KEYS,
+    ClusterSettings,
+    JobStage,
+    PipelineStep,
+    StepSettings,
+    TolerationSettings,
+)
 from teefusion.settings.loading import (
     job_settings,
     load_settings,
@@ -39,6 +47,8 @@ from teefusion.settings.verdict import EvaluateSettings, GateSettings
 __all__ = [
     "ENV_PREFIX",
     "JOB_VARIABLE",
+    "NAMESPACE_VARIABLES",
+    "SECRET_KEYS",
     "ClusterSettings",
     "EvaluateSettings",
     "FusionSettings",

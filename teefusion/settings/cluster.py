@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +14,23 @@ JobStage = Literal["targets", "train"]
 """The stages that may take several machines."""
 PipelineStep = Literal["preflight", "ingest", "targets", "train", "evaluate", "register", "summarize"]
 """Steps of the pipeline, by their component."""
+NAMESPACE_VARIABLES = (
+    "TEEFUSION_WORKDIR",
+    *(f"TEEFUSION_STORAGE__{name}" for name in ("URI", "ENDPOINT_URL", "REGION", "ADDRESSING_STYLE", "CACHE_GB")),
+    *(f"TEEFUSION_MLFLOW__{name}" for name in ("TRACKING_URI", "EXPERIMENT")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("RUNTIME", "RUNTIME_KIND", "IMAGE", "IMAGE_PULL_SECRETS", "QUEUE")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("VOLUME_CLAIM", "VOLUME_PATH", "SERVICE_ACCOUNT", "RUN_AS_USER")),
+    *(f"TEEFUSION_CLUSTER__{name}_SECRET" for name in ("S3", "MLFLOW", "HUB")),
+    *(f"TEEFUSION_CLUSTER__{name}" for name in ("ACCELERATOR_MEMORY_GB", "ENV")),
+)
+"""Keys of the namespace's ConfigMap that become variables of a pipeline's steps, where they are there."""
+SECRET_KEYS = {
+    "s3_secret": ("TEEFUSION_S3_ACCESS_KEY_ID", "TEEFUSION_S3_SECRET_ACCESS_KEY", "TEEFUSION_S3_SESSION_TOKEN"),
+    "mlflow_secret": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    "hub_secret": ("HF_TOKEN",),
+}
+"""Keys of each secret, which are the variables' names too. None has to be there: a pod that starts can say what it
+lacks, and one that waits for a key cannot."""
 # Of variables that hold secrets.
 _SECRET_ENDINGS = ("_TOKEN", "PASSWORD", "_KEY", "_KEY_ID", "_SECRET")
 
@@ -38,7 +56,7 @@ class TolerationSettings(Section):
 
 
 class StepSettings(Section):
-    """What one step of the pipeline is given otherwise than `cluster` says. None is what `cluster` says."""
+    """What a step of the pipeline, or its TrainJob, is given otherwise than `cluster` says; none is as that says."""
 
     image: str | None = None
     cpus: float | None = Field(default=None, gt=0)
@@ -111,6 +129,8 @@ class ClusterSettings(Section):
     """Kueue's WorkloadPriorityClass."""
     service_account: str | None = None
     """Of the training pods; none is the runtime's."""
+    run_as_user: int | None = Field(default=1000, gt=0)
+    """User and group of the pods, as in our images; none is the cluster's choice, as OpenShift wants."""
     image_pull_secrets: tuple[str, ...] = ()
     s3_secret: str | None = "teefusion-s3"
     """Secret with TEEFUSION_S3_ACCESS_KEY_ID and TEEFUSION_S3_SECRET_ACCESS_KEY, perhaps TEEFUSION_S3_SESSION_TOKEN."""
@@ -119,12 +139,13 @@ class ClusterSettings(Section):
     hub_secret: str | None = "teefusion-hub"
     """Secret with HF_TOKEN."""
     config_map: str | None = "teefusion-settings"
-    """ConfigMap of the namespace. The pipeline's steps take from it what `NAMESPACE_VARIABLES` lists; it has the last
-    word on where things are."""
+    """ConfigMap of the namespace. The pipeline's steps take from it what `NAMESPACE_VARIABLES` lists. It has the last
+    word on where things are, but for settings of this section that the run itself sets."""
     config_map_keys: tuple[str, ...] = ()
     """Further keys of it that become variables, of a TrainJob's pods too."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Further variables of the pods, such as HF_HOME or NCCL_DEBUG. No secrets: anyone can read them."""
+    """Further variables of the pods, such as NCCL_DEBUG. No secrets: anyone can read them. HF_HOME is `hub` on the
+    volume unless it is given, so that a teacher is downloaded once."""
     active_deadline_s: int | None = Field(default=None, gt=0)
     """A job is ended and has failed after this long; time in the queue does not count."""
     start_timeout_s: float | None = Field(default=None, gt=0)
@@ -141,6 +162,19 @@ class ClusterSettings(Section):
     def content(self) -> dict[str, Any]:
         """Nothing: where a run is computed changes no result."""
         return {}
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """`env`, and where on the volume downloads are shared."""
+        if self.volume_path is None or "HF_HOME" in self.config_map_keys:
+            return self.env
+        return {"HF_HOME": str(self.volume_path / "hub")} | self.env
+
+    def for_step(self, step: PipelineStep) -> Self:
+        """These settings with what `steps` says of one step laid over them, but for its time limit."""
+        own = {name: value for name, value in self.steps.get(step, StepSettings()) if value is not None}
+        own.pop("timeout_s", None)
+        return self.model_copy(update=own)
 
     def nodes_for(self, stage: JobStage) -> int:
         """Machines of a stage."""
@@ -166,7 +200,13 @@ class ClusterSettings(Section):
         secret = sorted(name for name in self.env if name.endswith(_SECRET_ENDINGS))
         if secret:
             raise ValueError(f"env sets {', '.join(secret)}, which anyone could read: put it in a Secret and name that")
-        twice = sorted(self.env.keys() & set(self.config_map_keys))
+        referred = [key for setting, keys in SECRET_KEYS.items() if getattr(self, setting) for key in keys]
+        referred += NAMESPACE_VARIABLES if self.config_map else ()
+        given = Counter([*self.env, *self.config_map_keys, *referred])
+        twice = sorted(name for name, times in given.items() if times > 1)
         if twice:
-            raise ValueError(f"{', '.join(twice)} is both in env and in config_map_keys")
+            raise ValueError(
+                f"pods would get {', '.join(twice)} twice: name a variable in env or in config_map_keys, and none that "
+                "they get from config_map or a Secret anyway"
+            )
         return self

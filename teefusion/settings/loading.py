@@ -79,9 +79,11 @@ def job_settings(path: Path | None) -> Settings:
 def namespace_settings(settings: Settings) -> Settings:
     """The settings in a pod of a pipeline: its variables (the namespace's ConfigMap) say where things are.
 
+    But what the run says of its pods stays: steps are made with that already, and TrainJobs shall not differ from them.
     Raises SettingsError where they would change what is computed: that is the run's to say.
     """
-    given = validate_settings(merge(settings.model_dump(mode="json"), EnvSettingsSource(Settings)()))
+    own = {"cluster": settings.cluster.model_dump(mode="json", exclude_defaults=True)}
+    given = validate_settings(merge(merge(settings.model_dump(mode="json"), EnvSettingsSource(Settings)()), own))
     if given.run_key != settings.run_key:
         told = ", ".join(sorted(name for name in os.environ if name.startswith(ENV_PREFIX)))
         raise SettingsError(

@@ -24,11 +24,13 @@ def register(settings: Settings, student: Path, evaluation: Path) -> StageResult
             "The gate did not pass, so nothing is registered:\n  " + "\n  ".join(result["gate"]["reasons"])
         )
 
-    lineage = dict.fromkeys(LINEAGE, UNKNOWN) | result.get("training", {}).get("lineage", {})
+    training = result.get("training", {})
+    lineage = dict.fromkeys(LINEAGE, UNKNOWN) | training.get("lineage", {})
 
     def work() -> tuple[dict[str, Any], bool]:
         card = model_card(settings, result, lineage)
-        return register_version(settings, student, _tags(settings, student, result) | lineage, card)
+        tags = _tags(settings, student, result) | lineage
+        return register_version(settings, student, tags, card, training.get("libraries", {}))
 
     return workspace.stage("register", student, work)
 

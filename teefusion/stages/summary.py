@@ -11,7 +11,7 @@ from typing import Any, Literal
 from teefusion.errors import InterruptedRunError
 from teefusion.files import plain_name, write_bytes, write_json
 from teefusion.settings import Settings
-from teefusion.workspace import Workspace
+from teefusion.workspace import StageResult, Workspace
 
 log = logging.getLogger(__name__)
 ROW_ORDER = ("unguided", "cfg", "cfg_matched", "teacher", "student", "champion")
@@ -133,6 +133,19 @@ def verdict_markdown(evaluation: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def record_markdown(result: StageResult) -> str:
+    """What a stage made, and where, as a table."""
+    told = {"found made" if result.reused else "made": result.output, "seconds": f"{result.seconds:.1f}"}
+    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in (told | result.details).items()]
+    return "\n".join([f"## {result.stage}", "", "| | |", "| --- | --- |", *rows, ""])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}: {inner}" for name, inner in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

@@ -60,6 +60,7 @@ def test_settings_are_those_of_the_values(
     assert cluster.queue == ("teefusion" if values["training"]["queue"]["enabled"] else None)
     assert (cluster.volume_claim, str(cluster.volume_path)) == ("teefusion-work", "/shared")
     assert settings.workdir.is_relative_to("/shared")
+    assert cluster.variables == {"HF_HOME": "/shared/hub"} | values["settings"]["env"]
     assert values["settings"]["env"].items() <= release.one("ConfigMap", "teefusion-settings")["data"].items()
 
 
@@ -80,6 +81,14 @@ def _file_for_submitting(release: Release, folder: Path) -> Path:
     file = folder / "cluster.yaml"
     file.write_text(release.one("ConfigMap", "teefusion-submit")["data"]["cluster.yaml"])
     return file
+
+
+@pytest.mark.parametrize("user", [None, 2000])
+def test_runs_have_the_charts_user(user: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = render({"security": {"runAsUser": user}}).one("ConfigMap", "teefusion-settings")["data"]
+    for name, value in data.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().cluster.run_as_user == user
 
 
 def test_numbers_reach_the_settings_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +173,7 @@ def test_fixed_names_do_not_depend_on_the_release() -> None:
     assert "teefusion-settings" in other.names("ConfigMap")
     assert {"teefusion-s3", "teefusion-mlflow"} <= other.names("Secret")
     assert {"teefusion-runner", "teefusion-trainer"} <= other.names("ServiceAccount")
-    assert {"teefusion-work", "teefusion-models"} == other.names("PersistentVolumeClaim")
+    assert {"teefusion-work"} == other.names("PersistentVolumeClaim")
     assert "another-teefusion-mlflow" in other.names("Service")
 
 

@@ -71,6 +71,8 @@ INCOMPLETE: list[tuple[Json, str]] = [
     ({"s3": {"existingSecret": "teefusion-s3"}}, "seaweedfs.enabled=false"),
     ({"serve": {"enabled": True}}, "models:/teefusion-sd3-medium@champion"),
     ({"mlflow": {"ingress": {"enabled": True}}}, "mlflow.ingress.host is empty"),
+    ({"settings": {"env": {"TEEFUSION_DEVICE": "cpu"}}}, "settings.env.TEEFUSION_DEVICE"),
+    ({"settings": {"env": {"HF_TOKEN": "x"}}}, "secrets into a Secret"),
     ({"training": {"queue": {"enabled": True}}}, "training.queue.clusterQueue"),
     ({"pipelines": {"resubmit": {"enabled": True}}}, "list the teachers"),
     (

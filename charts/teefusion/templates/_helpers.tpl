@@ -187,10 +187,6 @@ http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow")
 {{- if .Values.workspace.enabled -}}{{ default "teefusion-work" .Values.workspace.existingClaim }}{{- end -}}
 {{- end }}
 
-{{- define "teefusion.modelCache.claim" -}}
-{{- if .Values.modelCache.enabled -}}{{ default "teefusion-models" .Values.modelCache.existingClaim }}{{- end -}}
-{{- end }}
-
 {{/* Variables with which a client finds S3, MLflow and the hub: references to Secrets, by the names pods know. */}}
 {{- define "teefusion.clientEnv" -}}
 {{- with include "teefusion.s3.secret" . }}

@@ -1,4 +1,5 @@
-{{/* What the chart knows of a run's settings, as nested settings; nulls are left out of the variables. */}}
+{{/* What the chart knows of a run's settings, as nested settings. Of the variables nulls are left out where they are the
+     default anyway. */}}
 {{- define "teefusion.settings.known" -}}
 {{- with include "teefusion.workspace.claim" . }}
 workdir: {{ $.Values.workspace.mountPath }}/work
@@ -25,6 +26,8 @@ cluster:
   hub_secret: {{ . }}
   {{- end }}
   config_map: {{ .Values.settings.name }}
+  env: {{ .Values.settings.env | toJson }}
+  run_as_user: {{ .Values.security.runAsUser | toJson }}
   queue: {{ ternary .Values.training.queue.name nil .Values.training.queue.enabled | toJson }}
   {{- with .Values.imagePullSecrets }}
   image_pull_secrets:
@@ -61,7 +64,9 @@ kfp:
 {{- end -}}
 {{- end -}}
 {{- range $name, $value := $data -}}
-{{- if kindIs "invalid" $value -}}
+{{- if and (kindIs "invalid" $value) (eq $name "TEEFUSION_CLUSTER__RUN_AS_USER") -}}
+{{- $_ := set $data $name "null" -}}
+{{- else if kindIs "invalid" $value -}}
 {{- $_ := unset $data $name -}}
 {{- else if not (kindIs "string" $value) -}}
 {{- $_ := set $data $name (toJson $value) -}}

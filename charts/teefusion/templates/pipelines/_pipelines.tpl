@@ -60,7 +60,7 @@ metadata:
   labels:
     {{- include "teefusion.podLabels" . | nindent 4 }}
 spec:
-  {{- include "teefusion.pod" (dict "root" .root "values" $values.pipelines "user" 1000) | nindent 2 }}
+  {{- include "teefusion.pod" (dict "root" .root "values" $values.pipelines) | nindent 2 }}
   restartPolicy: Never
   containers:
     - name: workspace
@@ -72,7 +72,7 @@ spec:
         - |
           made=$(mktemp "$0/.writable-XXXXXX") && exec rm "$made"
           echo "Steps of runs cannot write to the workspace: its driver sets no group. On the volume's server, give its" \
-            "root to group 1000 and let the group write (chgrp 1000, chmod g+rwxs); then delete this Job, and upgrade." >&2
+            "root to group $(id -g), and let the group write (chmod g+rwxs); then delete this Job, and upgrade." >&2
           exit 1
         - {{ $values.workspace.mountPath }}
       securityContext:
