@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from teefusion.manifests import Manifest
@@ -32,8 +33,12 @@ def lineage(settings: Settings, manifest: Manifest) -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of `LIBRARIES` here, without local parts such as ``+cpu``, which no index has."""
-    return {name: version(name).partition("+")[0] for name in LIBRARIES}
+    """Versions of those of `LIBRARIES` that are here, without local parts such as ``+cpu``, which no index has."""
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # the training that asks is paid for
+            versions[name] = version(name).partition("+")[0]
+    return versions
 
 
 def code_commit() -> str:
