@@ -48,7 +48,7 @@ def student(trained: dict[str, Any], tmp_path: Path) -> tuple[Settings, Path, Pa
 
 def crown(settings: Settings, folder: Path, **tags: str) -> int:
     """Register a folder and make it champion."""
-    details, _ = register(settings, folder, {"gate": "passed"} | tags, "")
+    details, _ = register(settings, folder, {"gate": "passed"} | tags, "", {})
     connect(settings).set_registered_model_alias(details["name"], "champion", str(details["version"]))
     version: int = details["version"]
     return version
@@ -65,7 +65,7 @@ def test_without_a_registry_or_an_alias_there_is_no_champion(student: tuple[Sett
     settings, _, folder = student
     assert find_champion(settings) is None
     assert not (settings.workdir / "mlflow.db").exists()  # looking makes no database
-    register(settings, folder, {"gate": "passed"}, "")
+    register(settings, folder, {"gate": "passed"}, "", {})
     assert find_champion(settings) is None
 
 
