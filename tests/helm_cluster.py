@@ -1,6 +1,7 @@
-"""A Kubernetes API server as far as Helm 4 needs one, over HTTP: discovery, server-side apply, watches; nothing runs.
+"""A Kubernetes API server as far as both Helms need one, over HTTP: discovery, objects, watches; nothing runs.
 
-Jobs and pods are done as soon as they are made. Fields that cannot be changed are refused, as a real server does.
+Helm 4 applies on the server's side, Helm 3 creates objects and patches them by what it found to differ. Jobs and pods
+are done as soon as they are made. Fields that cannot be changed are refused, as a real server does.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import helm_python
 import yaml
+
+from tests.helms import Helm3, Helm4
+from tests.patches import merge_patched, strategically_patched
 
 Json = dict[str, Any]
 _KINDS = {
@@ -51,6 +55,15 @@ def _plural(kind: str) -> str:
     return f"{name[:-1]}ies" if name.endswith("y") else f"{name}es" if name.endswith("ss") else f"{name}s"
 
 
+def _selected(thing: Json, query: str) -> bool:
+    """Whether the selectors of a list or a watch let an object through; only equalities are known."""
+    asked = parse_qs(query)
+    labels = thing["metadata"].get("labels", {})
+    pairs = [pair.split("=") for text in asked.get("labelSelector", []) for pair in text.split(",")]
+    names = [text.removeprefix("metadata.name=") for text in asked.get("fieldSelector", [])]
+    return all(labels.get(key) == value for key, value in pairs) and names in ([], [thing["metadata"]["name"]])
+
+
 class Refusal(Exception):  # noqa: N818  # an answer, as HTTPException is
     """An answer that is a Status."""
 
@@ -62,10 +75,12 @@ class Refusal(Exception):  # noqa: N818  # an answer, as HTTPException is
 
 
 class HelmCluster:
-    """``with HelmCluster() as cluster``: then ``cluster.helm`` is a Helm whose releases are forgotten with it."""
+    """``with HelmCluster(namespace) as cluster``: then ``cluster.helm`` installs there, and its releases go with it."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, helm3: Path | None = None) -> None:
+        """By Helm 4, or by the binary ``helm3``."""
         self.namespace = namespace
+        self._helm3 = helm3
         self.things: dict[tuple[str, str], Json] = {}  # by kind and name
         self._version = 0
         self._log: list[tuple[str, Json]] = []  # what happened to which object
@@ -82,12 +97,9 @@ class HelmCluster:
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             "current-context": "test",
         }
-        self.helm = helm_python.Config(
-            kubeconfig_content=json.dumps(kubeconfig),
-            namespace=self.namespace,
-            storage_driver="memory",
-            qps=1000,
-            burst_limit=1000,
+        text = json.dumps(kubeconfig)
+        self.helm: Helm3 | Helm4 = (
+            Helm3(self._helm3, text, self.namespace) if self._helm3 else Helm4(text, self.namespace)
         )
         return self
 
@@ -97,27 +109,29 @@ class HelmCluster:
         self._server.server_close()
 
     def names(self, kind: str) -> set[str]:
-        return {name for found, name in self.things if found == kind}
+        """Of what the chart made; Helm 3 keeps its releases in Secrets beside them."""
+        return {name for found, name in self.things if found == kind and not name.startswith("sh.helm.release.")}
 
     def secret(self, name: str) -> dict[str, str]:
         """What is in a Secret."""
         data = self.things["Secret", name]["data"]
         return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
-    def answer(self, method: str, path: str, query: str, body: bytes) -> Json:
-        """To a request for anything but a watch. Raises Refusal."""
+    def answer(self, method: str, path: str, query: str, body: bytes, form: str) -> Json:
+        """To a request for anything but a watch, with a body of media type ``form``. Raises Refusal."""
         if (found := self._discovery(path)) is not None:
             return found
         kind, name = self._target(path)
         if kind is None:  # the namespace itself
             return {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": name}}
-        if method in ("PATCH", "POST"):
-            return self._put(kind, yaml.safe_load(body))
+        if method in ("PATCH", "POST", "PUT"):
+            how = form if method == "PATCH" else method
+            return self._put(kind, self._written(kind, name, yaml.safe_load(body), how))
         if not name:
             return {
                 "kind": f"{kind}List",
                 "metadata": {"resourceVersion": str(self._version)},
-                "items": self._all(kind),
+                "items": [thing for thing in self._all(kind) if _selected(thing, query)],
             }
         if (kind, name) not in self.things:
             raise Refusal(404, "NotFound", f"{kind} {name} not found")
@@ -126,7 +140,18 @@ class HelmCluster:
             return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
         return self.things[kind, name]
 
-    def watch(self, path: str) -> Iterator[Json]:
+    def _written(self, kind: str, name: str, sent: Json, how: str) -> Json:
+        """The object that a request makes: ``how`` is POST, PUT or the media type of a patch."""
+        there = self.things.get((kind, name or sent["metadata"]["name"]))
+        if how == "POST" and there:
+            raise Refusal(409, "AlreadyExists", f"{kind} {name} already exists")
+        if "merge-patch" not in how:
+            return sent
+        if there is None:
+            raise Refusal(404, "NotFound", f"{kind} {name} not found")
+        return (strategically_patched if "strategic" in how else merge_patched)(there, sent)
+
+    def watch(self, path: str, query: str) -> Iterator[Json]:
         """Events without end: first of what is there, then as they come."""
         kind, _ = self._target(path)
         assert kind is not None
@@ -134,14 +159,18 @@ class HelmCluster:
         mark = {"resourceVersion": str(self._version), "annotations": {"k8s.io/initial-events-end": "true"}}
         group = next(group for group, kinds in _KINDS.items() if kind in kinds.split())
         end = {"type": "BOOKMARK", "object": {"kind": kind, "apiVersion": group, "metadata": mark}}
-        yield from ({"type": "ADDED", "object": thing} for thing in self._all(kind))
+        yield from ({"type": "ADDED", "object": thing} for thing in self._all(kind) if _selected(thing, query))
         yield end
         while True:
             with self._happened:
                 while len(self._log) == seen:
                     self._happened.wait()
                 new, seen = self._log[seen:], len(self._log)
-            yield from ({"type": event, "object": thing} for event, thing in new if thing["kind"] == kind)
+            yield from (
+                {"type": event, "object": thing}
+                for event, thing in new
+                if thing["kind"] == kind and _selected(thing, query)
+            )
 
     def _tell(self, event: str, thing: Json) -> None:
         with self._happened:
@@ -204,10 +233,11 @@ class HelmCluster:
                 path, _, query = self.path.partition("?")
                 if path == "/openapi/v2":
                     return self._send(200, _OPENAPI, "application/com.github.proto-openapi.spec.v2.v1.0+protobuf")
-                if parse_qs(query).get("watch") == ["true"]:
-                    return self._stream(outer.watch(path))
+                if parse_qs(query).get("watch") in (["true"], ["1"]):
+                    return self._stream(outer.watch(path, query))
                 try:
-                    found, code = outer.answer(self.command, path, query, body), 200
+                    form = self.headers.get("Content-Type", "")
+                    found, code = outer.answer(self.command, path, query, body, form), 200
                 except Refusal as refusal:
                     found, code = refusal.status, refusal.code
                 return self._send(code, json.dumps(found).encode(), "application/json")
@@ -229,7 +259,7 @@ class HelmCluster:
                         line = json.dumps(event).encode() + b"\n"
                         self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
 
-            do_GET = do_POST = do_PATCH = do_DELETE = _any
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _any
 
             def log_message(self, *_: object) -> None:
                 """Quiet."""
