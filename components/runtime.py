@@ -71,12 +71,15 @@ def run_preflight(arguments: dict[str, Any], report: str) -> str:
     return pinned.to_json()
 
 
-def run_summary(arguments: dict[str, Any], *, state: str, error: str | None) -> None:
-    """Write the summary of whatever ended, as the steps began it, and delete the TrainJobs that it left at work."""
+def run_summary(arguments: dict[str, Any], record: str, *, state: str, error: str | None) -> None:
+    """Write the summary of whatever ended, as the steps began it, and delete the TrainJobs that it left at work.
+
+    ``record`` is the file for what Kubeflow's page shows of it.
+    """
     setup_logging(mark=STAGE_MARK)
     settings = Workspace(_settings(arguments)).referred()
     _take_variables(settings)
-    from teefusion.stages.summary import outcome_of, summarize
+    from teefusion.stages.summary import outcome_markdown, outcome_of, summarize
 
     failed = state != "SUCCEEDED"
     if failed and any(settings.cluster.takes_trainjob(stage) for stage in ("targets", "train")):
@@ -85,7 +88,8 @@ def run_summary(arguments: dict[str, Any], *, state: str, error: str | None) -> 
         outcome, failure = outcome_of(Workspace(settings), state), Workspace(settings).failure()
         # A step's own word says more than Kubeflow's, which may be empty.
         why = f"{failure['stage']}: {failure['message']}" if failure else error or f"the pipeline ended {state}"
-        summarize(settings, error=why if failed else None, outcome=outcome)
+        summary = summarize(settings, error=why if failed else None, outcome=outcome)
+        write_bytes(Path(record), outcome_markdown(summary).encode())
     except TeEFusionError as problem:
         log.error("%s", problem)
         sys.exit(problem.exit_code)

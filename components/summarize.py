@@ -20,10 +20,11 @@ def summarize(
     train_steps: int,
     gate: dict,  # type: ignore[type-arg]
     status: dsl.PipelineTaskFinalStatus,
+    record: dsl.Output[dsl.Markdown],
 ) -> None:
     """Write summary.json and report.html in the workdir, close the MLflow run, delete a TrainJob left at work."""
     arguments = dict(locals())
     from teefusion.components.runtime import run_summary
 
-    status = arguments.pop("status")
-    run_summary(arguments, state=status.state, error=status.error_message)
+    status, record = (arguments.pop(name) for name in ("status", "record"))
+    run_summary(arguments, record.path, state=status.state, error=status.error_message)

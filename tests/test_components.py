@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +85,11 @@ def test_components_hand_on_settings_and_folders_and_leave_artifacts(
         assert "\n| version | 1 |\n| aliases | challenger |\n" in Path(records["register"].path).read_text()
         required = (Path(student) / "requirements.txt").read_text().split()
         assert f"torch=={importlib.metadata.version('torch').partition('+')[0]}" in required  # as training recorded
-    summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""))
+    record = Artifact(tmp_path / "summary.md")
+    summarize.python_func(**arguments, status=SimpleNamespace(state="SUCCEEDED", error_message=""), record=record)
+    told = Path(record.path).read_text()
+    assert told.startswith(f"## Run {outcome}\n")
+    assert re.search(r"^\| train \| \d+\.\d s \|$", told, re.MULTILINE)
     summary = read_json(settings.workdir / "summary.json")
     assert (summary["outcome"], summary["error"]) == (outcome, None)
 
@@ -94,9 +99,11 @@ def test_the_exit_handler_finds_the_run_that_preflight_pinned(make_settings: Mak
     arguments = arguments_of(settings) | {"teacher_revision": ""}
     told = preflight.python_func(**arguments, findings=Artifact(tmp_path / "findings.md"))
     assert settings_of(arguments).run_key != settings.run_key == settings_from_json(told).run_key
-    run_summary(arguments, state="FAILED", error="the node was lost")
+    record = tmp_path / "summary.md"
+    run_summary(arguments, str(record), state="FAILED", error="the node | of\nthe GPU was lost")
+    assert "\n| error | the node \\| of the GPU was lost |\n" in record.read_text()
     summary = read_json(settings.workdir / "runs" / settings.run_key / "summary.json")
-    assert (summary["outcome"], summary["error"]) == ("failed", "the node was lost")
+    assert (summary["outcome"], summary["error"]) == ("failed", "the node | of\nthe GPU was lost")
 
 
 def test_a_step_takes_the_variables_that_its_namespace_adds(
@@ -177,7 +184,7 @@ def test_a_trainjob_is_deleted_also_where_the_summary_cannot_be_written(
         name = trainjob_name("train", settings.run_key)
         server.create({"metadata": {"name": name}, "spec": {}})
         with pytest.raises(SystemExit) as ended:
-            run_summary(arguments_of(settings), state="FAILED", error="the node was lost")
+            run_summary(arguments_of(settings), str(tmp_path / "summary.md"), state="FAILED", error="the node was lost")
         assert ended.value.code == StorageError.exit_code
         assert server.count("DELETE", name) == 1
 

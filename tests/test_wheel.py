@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.dockerfile import installs
 from tests.repository import PROJECT, ROOT, SOURCES, files
 
 
@@ -75,6 +76,15 @@ class CleanEnvironment:
         pip = (str(self.bin / "python"), "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints)
         self.run(*pip, f"{wheel}{extras}", timeout_s=1200)
 
+    def install_as(self, stage: str, wheel: Path) -> None:
+        """By the very commands of a stage of the Dockerfile, and of those below it."""
+        there = {"/opt/teefusion/constraints.txt": ROOT / "constraints.txt", "$(ls /dist/*.whl)": wheel}
+        for command in installs(stage):
+            for name, path in there.items():
+                command = command.replace(name, str(path))
+            path = f"{self.bin}:{os.environ['PATH']}"
+            self.run("sh", "-c", command, timeout_s=1200, PATH=path, PIP_ARGS="--quiet --no-compile")
+
 
 @pytest.fixture(scope="module")
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanEnvironment]:
@@ -86,11 +96,17 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cle
     shutil.rmtree(folder)  # with torch in it, too large for pytest to keep
 
 
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[CleanEnvironment]:
+    """Nothing installed."""
+    yield CleanEnvironment(tmp_path)
+    shutil.rmtree(tmp_path / "venv")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_wheel_runs_the_small_steps_with_the_extras_of_the_small_image(wheel: Path, tmp_path: Path) -> None:
-    environment = CleanEnvironment(tmp_path)
-    environment.install(wheel, "[pipeline,steps]")
+def test_wheel_runs_the_small_steps_in_the_pipeline_image(wheel: Path, environment: CleanEnvironment) -> None:
+    environment.install_as("pipeline", wheel)
     environment.teefusion("preflight", "--workdir", "out", "--set", "device=cpu")
     environment.teefusion("ingest", "--workdir", "out")
     student, evaluation = environment.cwd / "student", environment.cwd / "evaluation"
@@ -117,10 +133,9 @@ def test_wheel_runs_the_small_steps_with_the_extras_of_the_small_image(wheel: Pa
         f"run_stage('register', settings, student={str(student)!r}, evaluation={str(evaluation)!r})\n"
     )
     assert "torch==2.13.0" in (student / "requirements.txt").read_text().split()
-    shutil.rmtree(tmp_path / "venv")
 
 
-# The four below share an environment, and each adds to it: their order is part of the test.
+# The two below share an environment, and the second adds to it: their order is part of the test.
 @pytest.mark.slow
 def test_wheel_answers_with_its_core_alone(clean: CleanEnvironment) -> None:
     assert clean.teefusion("--version").split()[-1] == PROJECT["project"]["version"]
@@ -150,17 +165,19 @@ def test_wheel_compiles_the_pipeline_without_torch(clean: CleanEnvironment, whee
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_wheel_serves_with_the_extras_of_its_image(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[train,serve]")
-    assert "--help" in clean.teefusion("serve", "--help")
-    clean.python("import teefusion.serving.server")
+def test_wheel_serves_in_the_serve_image(wheel: Path, environment: CleanEnvironment) -> None:
+    environment.install_as("serve", wheel)
+    assert "--help" in environment.teefusion("serve", "--help")
+    environment.python("import teefusion.serving.server")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_wheel_runs_the_pipeline_from_an_empty_folder(clean: CleanEnvironment, wheel: Path) -> None:
-    clean.install(wheel, "[pipeline,train,lora]")  # all of the image's but DeepSpeed, for which see `make test-zero`
-    clean.python("import teefusion.training, teefusion.distillation, peft")
+def test_wheel_runs_the_pipeline_in_the_train_image(wheel: Path, environment: CleanEnvironment) -> None:
+    environment.install_as("train", wheel)
+    environment.python("import kfp, peft, deepspeed")
+    torchrun = (str(environment.bin / "torchrun"), "--nproc-per-node", "1")
+    assert "One rank of the training stage." in environment.run(*torchrun, "-m", "teefusion.training", "--help")
     tiny = {
         "TEEFUSION_STRATEGY__NUM_STEPS": "4",
         "TEEFUSION_TARGETS__TRAJECTORIES": "8",
@@ -171,8 +188,8 @@ def test_wheel_runs_the_pipeline_from_an_empty_folder(clean: CleanEnvironment, w
         "TEEFUSION_EVALUATE__PROMPTS_PER_STYLE": "2",
         "TEEFUSION_EVALUATE__SWEEP_PROMPTS": "1",
     }
-    clean.teefusion("run", "--workdir", "out", "--json", timeout_s=900, **tiny)
-    summary = json.loads((clean.cwd / "out" / "summary.json").read_text())
+    environment.teefusion("run", "--workdir", "out", "--json", timeout_s=900, **tiny)
+    summary = json.loads((environment.cwd / "out" / "summary.json").read_text())
     assert summary["gate"]["passed"] is False  # two steps teach nothing, and two prompts a style are no evidence
     assert summary["nfe"]["student"] * 2 == summary["nfe"]["teacher"]
-    assert (clean.cwd / "out" / "report.html").is_file()
+    assert (environment.cwd / "out" / "report.html").is_file()

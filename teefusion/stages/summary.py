@@ -138,14 +138,31 @@ def verdict_markdown(evaluation: dict[str, Any]) -> str:
 def record_markdown(result: StageResult) -> str:
     """What a stage made, and where, as a table."""
     told = {"found made" if result.reused else "made": result.output, "seconds": f"{result.seconds:.1f}"}
-    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in (told | result.details).items()]
-    return "\n".join([f"## {result.stage}", "", "| | |", "| --- | --- |", *rows, ""])
+    return _table(result.stage, told | result.details)
+
+
+def outcome_markdown(summary: dict[str, Any]) -> str:
+    """What became of a run, and what each of its stages took, of its summary."""
+    facts = {key: summary[key] for key in ("error", "teacher", "strategy", "run_key", "student", "report")}
+    gate, model = summary["gate"] and summary["gate"]["outcome"], _model_text(summary["model"])
+    seconds = {
+        name: "found made" if stage["reused"] else f"{stage['seconds']:.1f} s"
+        for name, stage in summary["stages"].items()
+    }
+    told = {"gate": gate, "model": model} | facts | seconds
+    return _table(f"Run {summary['outcome']}", {name: value for name, value in told.items() if value is not None})
+
+
+def _table(title: str, facts: dict[str, Any]) -> str:
+    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in facts.items()]
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows, ""])
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         value = [f"{name}: {inner}" for name, inner in value.items()]
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def summary_text(summary: dict[str, Any]) -> str:
