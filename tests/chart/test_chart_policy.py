@@ -34,6 +34,17 @@ def test_pods_ask_for_resources_and_are_bounded_in_memory(release: Release) -> N
             assert "memory" in container["resources"]["limits"], pod.owner
 
 
+def test_pods_get_no_istio_sidecar(release: Release) -> None:
+    # Every profile of Kubeflow would add one. Istio's webhook goes by the pod's label.
+    assert {pod.labels["sidecar.istio.io/inject"] for pod in release.pods} <= {"false"}
+
+
+def test_labels_of_the_values_replace_the_charts() -> None:
+    asked = {"commonLabels": {"team": "a"}, "mlflow": {"podLabels": {"team": "b", "sidecar.istio.io/inject": "true"}}}
+    labels = render(asked).pod("Deployment/teefusion-mlflow").labels
+    assert (labels["team"], labels["sidecar.istio.io/inject"]) == ("b", "true")
+
+
 def test_servers_have_probes(release: Release) -> None:
     for pod in release.pods:
         if pod.owner.startswith(("Deployment/", "StatefulSet/")):

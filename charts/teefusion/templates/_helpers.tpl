@@ -27,21 +27,25 @@ app.kubernetes.io/version: {{ include "teefusion.labelValue" .root.Chart.AppVers
 app.kubernetes.io/part-of: teefusion
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ include "teefusion.labelValue" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) | quote }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (.labels | default dict) .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{/* Labels of a pod beside those by which it is selected; the values' go over ours. Takes root, and perhaps own. An Istio
+     sidecar keeps Jobs from ending and nodes of a TrainJob from meeting, and lets nobody in who has none, as steps' pods. */}}
+{{- define "teefusion.otherPodLabels" -}}
+{{ merge (dict) (.own | default dict) .root.Values.commonLabels (dict "sidecar.istio.io/inject" "false") | toYaml }}
 {{- end }}
 
 {{/* Of pods: nothing that changes with the chart's version, or each upgrade would start everything again. */}}
 {{- define "teefusion.podLabels" -}}
 {{ include "teefusion.selectorLabels" . }}
 app.kubernetes.io/part-of: teefusion
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{ include "teefusion.otherPodLabels" . }}
 {{- end }}
 
-{{/* metadata of an object: name (the component's, unless given), namespace, labels. */}}
+{{/* metadata of an object: name (the component's, unless given), namespace, labels (further ones, if given). */}}
 {{- define "teefusion.metadata" -}}
 name: {{ .name | default (include "teefusion.componentName" .) }}
 namespace: {{ .root.Release.Namespace }}

@@ -4,7 +4,7 @@
 apiVersion: v1
 kind: Pod
 metadata:
-  {{- include "teefusion.metadata" (dict "root" .root "component" "test" "name" (printf "%s-test-%s" (include "teefusion.fullname" .root) .name)) | nindent 2 }}
+  {{- include "teefusion.metadata" (dict "root" .root "component" "test" "name" (printf "%s-test-%s" (include "teefusion.fullname" .root) .name) "labels" (include "teefusion.otherPodLabels" (dict "root" .root) | fromYaml)) | nindent 2 }}
   annotations:
     helm.sh/hook: test
     # Not hook-succeeded: most versions of Helm delete such pods before `--logs` asks for what they said (helm#9098).
