@@ -199,6 +199,37 @@ def test_mlflow_answers_to_the_names_of_its_service_only(releases: dict[str, Rel
     assert address["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
 
 
+def test_mlflows_ui_may_write_at_every_address_that_answers() -> None:
+    def origins(**values: object) -> list[str]:
+        (server,) = render({"mlflow": values}).pod("Deployment/teefusion-mlflow").spec["containers"]
+        given = [word for word in server["args"] if word.startswith("--cors-allowed-origins=")]
+        return [origin for word in given for origin in word.partition("=")[2].split(",")]
+
+    assert origins() == []
+    assert origins(allowedHosts=["ml:81"]) == ["http://ml:81", "https://ml:81"]
+    ingress = {"enabled": True, "host": "x.example.com", "tls": {"enabled": False}}
+    both = origins(allowedHosts=["ml:81"], ingress=ingress)
+    assert both == ["http://x.example.com", "https://x.example.com", "http://ml:81", "https://ml:81"]
+
+
+def test_mlflow_starts_no_job_runner_and_speaks_to_s3_as_the_values_say(releases: dict[str, Release]) -> None:
+    for name, style in (("defaults", "path"), ("production", "auto")):
+        pod = releases[name].pod("Deployment/teefusion-mlflow")
+        given = {variable["name"]: variable.get("value") for _, variable in pod.variables}
+        assert given["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+        assert given["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] == style
+
+
+def test_the_collector_goes_where_the_server_may_not() -> None:
+    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    placed = {"affinity": {"podAntiAffinity": {}}, "topologySpreadConstraints": [spread], "nodeSelector": {"a": "b"}}
+    release = render({"mlflow": placed})
+    assert placed.items() <= release.pod("Deployment/teefusion-mlflow").spec.items()
+    collector = release.pod("CronJob/teefusion-mlflow-collect").spec
+    assert collector["nodeSelector"] == {"a": "b"}
+    assert not {"affinity", "topologySpreadConstraints"} & collector.keys()
+
+
 def test_data_stay_when_the_release_goes(releases: dict[str, Release]) -> None:
     release = releases["defaults"]
     for thing in [*release.of("PersistentVolumeClaim"), *release.of("Secret")]:

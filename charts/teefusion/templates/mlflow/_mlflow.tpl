@@ -8,6 +8,21 @@ key: {{ .Values.mlflow.database.key }}
 {{- end -}}
 {{- end }}
 
+{{/* Hosts by which people reach MLflow from outside the cluster, with commas between. */}}
+{{- define "teefusion.mlflow.outsideHosts" -}}
+{{- $ingress := .Values.mlflow.ingress -}}
+{{- concat (ternary (list $ingress.host) (list) $ingress.enabled) .Values.mlflow.allowedHosts | join "," -}}
+{{- end }}
+
+{{/* Origins of the UI's own requests: MLflow blocks a POST from any other. Whether TLS ends before it, it cannot know. */}}
+{{- define "teefusion.mlflow.allowedOrigins" -}}
+{{- $origins := list -}}
+{{- range splitList "," (include "teefusion.mlflow.outsideHosts" .) | compact -}}
+{{- $origins = concat $origins (list (printf "http://%s" .) (printf "https://%s" .)) -}}
+{{- end -}}
+{{- join "," $origins -}}
+{{- end }}
+
 {{/* Hosts that MLflow answers to. It compares them with the port, and knows no Kubernetes names by itself; a monitor
      asks by the pod's address. */}}
 {{- define "teefusion.mlflow.allowedHosts" -}}
@@ -17,10 +32,7 @@ key: {{ .Values.mlflow.database.key }}
 {{- range $name := list $service (printf "%s.%s" $service .Release.Namespace) (printf "%s.%s.svc" $service .Release.Namespace) (printf "%s.%s.svc.%s" $service .Release.Namespace $domain) -}}
 {{- $hosts = append $hosts (printf "%s:5000" $name) -}}
 {{- end -}}
-{{- if .Values.mlflow.ingress.enabled -}}
-{{- $hosts = append $hosts .Values.mlflow.ingress.host -}}
-{{- end -}}
-{{- concat $hosts .Values.mlflow.allowedHosts | join "," -}}
+{{- append $hosts (include "teefusion.mlflow.outsideHosts" .) | compact | join "," -}}
 {{- end }}
 
 {{/* Variables of everything that runs in the MLflow image. */}}
@@ -29,6 +41,9 @@ MLFLOW_BACKEND_STORE_URI:
   secretKeyRef:
     {{- include "teefusion.mlflow.databaseSecret" . | nindent 4 }}
 MLFLOW_DISABLE_TELEMETRY: "true"
+# Else a process for each kind of job (of evaluating traces and prompts) runs beside the server, and takes its memory.
+MLFLOW_SERVER_ENABLE_JOB_EXECUTION: "false"
+MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE: {{ .Values.s3.addressingStyle }}
 HOME: /tmp
 USER: mlflow
 {{- with include "teefusion.s3.secret" . }}
