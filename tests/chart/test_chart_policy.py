@@ -85,6 +85,12 @@ def test_no_secret_shows(release: Release) -> None:
                 assert "secretKeyRef" in variable["valueFrom"], variable
 
 
+def test_users_may_have_numbers_as_high_as_openshifts() -> None:
+    pod = render({"security": {"runAsUser": 1000650000}}).pod("Deployment/teefusion-mlflow")
+    security = pod.spec["securityContext"]
+    assert {type(security[name]) for name in ("runAsUser", "runAsGroup", "fsGroup")} == {int}  # not 1.00065e+09
+
+
 def test_users_can_be_left_to_the_cluster() -> None:
     for pod in render(merged(FILES["dev"], {"security": {"runAsUser": None}})).pods:
         assert not {"runAsUser", "runAsGroup", "fsGroup"} & pod.spec["securityContext"].keys()
@@ -105,11 +111,18 @@ def test_nothing_that_helm_4_merges_by_its_name_is_there_twice(release: Release)
             assert is_unique(container.get("ports", []), "containerPort")
 
 
-def test_variables_of_values_replace_the_charts() -> None:
-    twice = render({"mlflow": {"extraEnv": {"HOME": "/elsewhere", "AWS_ACCESS_KEY_ID": "mine"}}})
-    pod = twice.pod("Deployment/teefusion-mlflow")
-    homes = [variable for name, variable in pod.variables if name == "mlflow" and variable["name"] == "HOME"]
-    assert homes == [{"name": "HOME", "value": "/elsewhere"}]
+def test_variables_of_values_replace_the_charts_whole() -> None:
+    key = {"configMapKeyRef": {"name": "mine", "key": "id"}}
+    extra = {"HOME": "/elsewhere", "AWS_ACCESS_KEY_ID": key, "POD_IP": key, "TEEFUSION_S3_ACCESS_KEY_ID": key}
+    asked = {part: {"extraEnv": extra | {"A_MILLION": 1000000}} for part in ("mlflow", "serve", "pipelines")}
+    release = render(merged(FILES["dev"], asked))
+    for owner in ("Deployment/teefusion-mlflow", "CronJob/teefusion-mlflow-collect", "Deployment/teefusion-serve",
+                  "Job/teefusion-publish", "CronJob/teefusion-resubmit"):  # fmt: skip
+        for container in release.pod(owner).containers:
+            given = {variable.pop("name"): variable for variable in container["env"]}
+            assert all(given[name] == {"valueFrom": key} for name in extra.keys() - {"HOME"}), owner
+            assert given["HOME"] == {"value": "/elsewhere"}
+            assert given["A_MILLION"] == {"value": "1000000"}
 
 
 def test_every_pod_has_a_network_policy_of_its_own(releases: dict[str, Release]) -> None:

@@ -84,9 +84,9 @@ imagePullSecrets:
 securityContext:
   runAsNonRoot: true
   {{- with $user }}
-  runAsUser: {{ . }}
-  runAsGroup: {{ . }}
-  fsGroup: {{ . }}
+  runAsUser: {{ int64 . }}
+  runAsGroup: {{ int64 . }}
+  fsGroup: {{ int64 . }}
   fsGroupChangePolicy: OnRootMismatch
   {{- end }}
   seccompProfile:
@@ -106,15 +106,22 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* Variables from a map of name to value, or to a source such as {secretKeyRef: ...}: a map has no name twice. */}}
+{{/* Variables from maps of name to value, or to a source such as {secretKeyRef: ...}; later maps go over earlier ones.
+     Name by name, as mergeOverwrite would give one variable two sources; and no number as 1e+06. Takes a list of maps. */}}
 {{- define "teefusion.env" -}}
-{{- range $name, $value := . }}
+{{- $all := dict }}
+{{- range $map := . }}
+{{- range $name, $value := $map }}
+{{- $_ := set $all $name $value }}
+{{- end }}
+{{- end }}
+{{- range $name, $value := $all }}
 - name: {{ $name }}
   {{- if kindIs "map" $value }}
   valueFrom:
     {{- toYaml $value | nindent 4 }}
   {{- else }}
-  value: {{ $value | toString | quote }}
+  value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}
   {{- end }}
 {{- end }}
 {{- end }}

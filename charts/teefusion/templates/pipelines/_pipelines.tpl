@@ -17,7 +17,7 @@ containers:
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
       {{- end }}
-      {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
+      {{- include "teefusion.env" (list $env $values.extraEnv) | trim | nindent 6 }}
     securityContext:
       {{- include "teefusion.containerSecurityContext" .root | nindent 6 }}
     resources:

@@ -22,7 +22,7 @@ spec:
       {{- end }}
       {{- with .env }}
       env:
-        {{- include "teefusion.env" . | trim | nindent 8 }}
+        {{- include "teefusion.env" (list .) | trim | nindent 8 }}
       {{- end }}
       securityContext:
         {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
