@@ -155,6 +155,16 @@ def test_files_that_pods_run_are_in_what_they_mount(release: Release) -> None:
                 assert path.name in release.one("ConfigMap", volume["configMap"]["name"])["data"]
 
 
+def test_hooks_wait_for_no_claim(release: Release) -> None:
+    hooks = [
+        f"{thing['kind']}/{thing['metadata']['name']}"
+        for thing in release.objects
+        if "helm.sh/hook" in thing["metadata"].get("annotations", {})
+    ]
+    for owner in hooks:  # one that is not bound would fail the install
+        assert not any("persistentVolumeClaim" in volume for volume in release.pod(owner).spec["volumes"]), owner
+
+
 def test_mounts_and_volumes_belong_together(release: Release) -> None:
     for pod in release.pods:
         claims = {"data"} if pod.owner.startswith("StatefulSet/") else set()

@@ -57,6 +57,7 @@ def test_images_are_pinned(release: Release) -> None:
         for container in pod.containers:
             assert re.fullmatch(r"[\w./-]+(:\d+)?[\w./-]*(:[\w.-]+|@sha256:[0-9a-f]{64})", container["image"])
             assert not container["image"].endswith(":latest")
+            assert container["imagePullPolicy"] == "IfNotPresent"  # as the values say
 
 
 def test_tokens_are_mounted_where_the_api_is_asked_alone(release: Release) -> None:

@@ -194,6 +194,15 @@ http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow")
 {{- end -}}
 {{- end }}
 
+{{/* Variables with which a client shows MLflow who it is: ours wants a user, another server perhaps a token. */}}
+{{- define "teefusion.mlflow.credentials" -}}
+{{- $user := list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD" }}
+{{- with include "teefusion.mlflow.secret" . }}
+{{- $keys := ternary (dict "keys" $user) (dict "optional" (append $user "MLFLOW_TRACKING_TOKEN")) $.Values.mlflow.enabled }}
+{{- include "teefusion.secretEnv" (merge (dict "secret" .) $keys) }}
+{{- end }}
+{{- end }}
+
 {{- define "teefusion.workspace.claim" -}}
 {{- if .Values.workspace.enabled -}}{{ default "teefusion-work" .Values.workspace.existingClaim }}{{- end -}}
 {{- end }}
@@ -203,9 +212,7 @@ http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow")
 {{- with include "teefusion.s3.secret" . }}
 {{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "TEEFUSION_S3_ACCESS_KEY_ID" "TEEFUSION_S3_SECRET_ACCESS_KEY") "optional" (list "TEEFUSION_S3_SESSION_TOKEN")) }}
 {{- end }}
-{{- with include "teefusion.mlflow.secret" . }}
-{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD")) }}
-{{- end }}
+{{- include "teefusion.mlflow.credentials" . }}
 {{- with .Values.hub.existingSecret }}
 {{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "HF_TOKEN")) }}
 {{- end }}

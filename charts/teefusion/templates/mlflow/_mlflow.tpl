@@ -70,7 +70,5 @@ DEFAULT_PERMISSION: {{ .Values.mlflow.auth.defaultPermission }}
 {{/* Variables of a client in the MLflow image: the server's Service, and credentials. */}}
 {{- define "teefusion.mlflow.clientEnv" -}}
 MLFLOW_TRACKING_URI: {{ include "teefusion.mlflow.url" . }}
-{{- with include "teefusion.mlflow.secret" . }}
-{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD")) }}
-{{- end }}
+{{- include "teefusion.mlflow.credentials" . }}
 {{- end }}

@@ -1,6 +1,8 @@
-{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, and perhaps files (a ConfigMap). */}}
+{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, and perhaps files (a ConfigMap), and
+     workspace: whether it reads files there, such as prompts. A claim that is not bound yet would hold up a hook. */}}
 {{- define "teefusion.pipelines.pod" -}}
 {{- $values := .root.Values.pipelines -}}
+{{- $claim := ternary (include "teefusion.workspace.claim" .root) "" (default false .workspace) -}}
 {{- include "teefusion.pod" (dict "root" .root "values" $values "serviceAccount" .root.Values.runner.serviceAccount.name) }}
 restartPolicy: Never
 containers:
@@ -27,8 +29,8 @@ containers:
       {{- if .files }}
       - {name: files, mountPath: /etc/teefusion, readOnly: true}
       {{- end }}
-      {{- with include "teefusion.workspace.claim" .root }}
-      - {name: workspace, mountPath: {{ $.root.Values.workspace.mountPath }}}
+      {{- if $claim }}
+      - {name: workspace, mountPath: {{ .root.Values.workspace.mountPath }}}
       {{- end }}
       {{- if $values.token.enabled }}
       - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
@@ -39,8 +41,7 @@ volumes:
   - name: files
     configMap: {name: {{ . }}}
   {{- end }}
-  {{- with include "teefusion.workspace.claim" .root }}
-  # Prompt files that settings name are there.
+  {{- with $claim }}
   - name: workspace
     persistentVolumeClaim: {claimName: {{ . }}}
   {{- end }}

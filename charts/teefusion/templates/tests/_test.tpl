@@ -1,4 +1,4 @@
-{{/* A pod of `helm test`. Takes root, name (of a script in files/tests), image, env, and perhaps account with its token. */}}
+{{/* A pod of `helm test`. Takes root, name (of a script in files/tests), image, pullPolicy, env, and perhaps settings, account, token. */}}
 {{- define "teefusion.test" -}}
 ---
 apiVersion: v1
@@ -10,11 +10,12 @@ metadata:
     # Not hook-succeeded: most versions of Helm delete such pods before `--logs` asks for what they said (helm#9098).
     helm.sh/hook-delete-policy: before-hook-creation
 spec:
-  {{- include "teefusion.pod" (dict "root" .root "values" .root.Values.tests "serviceAccount" .account "token" (not (empty .account))) | nindent 2 }}
+  {{- include "teefusion.pod" (dict "root" .root "values" .root.Values.tests "serviceAccount" .account "token" .token) | nindent 2 }}
   restartPolicy: Never
   containers:
     - name: {{ .name }}
       image: {{ .image }}
+      imagePullPolicy: {{ .pullPolicy }}
       command: [python, /opt/teefusion/{{ .name }}_check.py]
       {{- if .settings }}
       envFrom:
