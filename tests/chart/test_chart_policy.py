@@ -185,6 +185,8 @@ def test_policies_let_out_to_the_ports_of_the_urls() -> None:
     elsewhere = {"mlflow": {"externalUrl": "https://mlflow.example.com/ml"}, "s3": {"endpointUrl": ""}}
     mirror = {"settings": {"env": {"HF_ENDPOINT": "https://[fd00::1]:8443/hub"}}}
     assert _let_out(merged(inside, elsewhere, mirror), "serve") == [443, 443, 8443]
+    proxies = {"settings": {"env": {"HTTPS_PROXY": "http://proxy.example.com:3128", "http_proxy": "10.0.0.1:8080"}}}
+    assert _let_out(merged(inside, proxies), "serve") == [5000, 3128, 8080, 9000, 3128, 8080, 443, 3128, 8080]
     named = {"networkPolicy": {"outside": {"s3": {"ports": [9001, 9002]}}}}
     assert _let_out(merged(inside, named), "serve") == [5000, 9001, 9002, 443]
 

@@ -152,9 +152,9 @@ true
 {{- end -}}
 {{- end }}
 
-{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. */}}
+{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. A proxy may come without a scheme. */}}
 {{- define "teefusion.port" -}}
-{{- $url := urlParse . -}}
+{{- $url := urlParse (ternary . (printf "http://%s" .) (or (empty .) (contains "://" .))) -}}
 {{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
 {{- end }}
 
