@@ -53,6 +53,9 @@ def test_a_binding_to_another_kind_of_role_is_another_binding() -> None:
     roles = [{"kind": kind, "name": "pipeline-runner"} for kind in ("Role", "ClusterRole")]  # a roleRef is immutable
     bound = render({"runner": {"rbac": {"alsoRoles": roles}}}).of("RoleBinding")
     assert len({binding["metadata"]["name"] for binding in bound}) == 3
+    release = render({"runner": {"rbac": {"create": False, "alsoRoles": roles}}})
+    assert [binding["roleRef"]["kind"] for binding in release.of("RoleBinding")] == ["Role", "ClusterRole"]
+    assert release.of("Role") == []
 
 
 def test_a_rollout_may_take_as_long_as_a_start() -> None:

@@ -141,6 +141,11 @@ def test_notes_reach_kubeflow_where_it_is() -> None:
 
     forward = "kubectl port-forward --namespace kubeflow service/ml-pipeline 80 &"
     assert forward in told("http://ml-pipeline.kubeflow.svc.cluster.local")
+    short = told("http://ml-pipeline.kubeflow:8888/pipeline")
+    assert "kubectl port-forward --namespace kubeflow service/ml-pipeline 8888 &" in short
+    assert "--endpoint http://localhost:8888/pipeline " in short
+    assert "--endpoint http://localhost:8888/path " in told("http://ml-pipeline.kubeflow.svc:8888/path")
+    assert "--endpoint https://example.com:8443 " in told("https://example.com:8443")
     outside = told("https://kubeflow.example.com/pipeline")
     assert "service/ml-pipeline" not in outside
     assert "--endpoint https://kubeflow.example.com/pipeline" in outside
