@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts import CHART, FILES, NAMESPACE, RELEASE, Release, render, values_of
+from tests.charts import CHART, FILES, NAMESPACE, RELEASE, Release, merged, render, values_of
 
 # Secrets and claims that a person makes, as the values files and docs/install.md say.
 MADE_BEFORE = {
@@ -40,6 +41,45 @@ def test_labels_take_the_version_of_a_build(tmp_path: Path) -> None:
     for thing in render({"image": {"tag": "1.0.0"}}, path=tmp_path / "teefusion").objects:
         for value in thing["metadata"]["labels"].values():
             assert re.fullmatch(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", value, flags=re.ASCII), value
+
+
+def test_names_that_yaml_reads_as_numbers_stay_names() -> None:
+    odd = "0777777"  # to YAML 262143
+    named, kept = {"name": odd}, {"storage": {"className": odd}}
+    outside = {
+        "s3": {"existingSecret": odd, "region": odd},
+        "mlflow": {"auth": {"existingSecret": odd}, "database": {"existingSecret": odd, "key": odd}},
+        "workspace": {"existingClaim": odd},
+        "postgresql": {"enabled": False},
+        "seaweedfs": {"enabled": False},
+    }
+    values = {
+        "nameOverride": odd,
+        "fullnameOverride": "team",
+        "settings": named,
+        "imagePullSecrets": [named],
+        "hub": {"existingSecret": odd},
+        "mlflow": {
+            "extraEnv": {"NO": odd},
+            "ingress": {"enabled": True, "host": odd, "className": odd, "tls": {"secretName": odd}},
+        },
+        "runner": {"serviceAccount": named, "rbac": {"alsoFor": [odd], "alsoRoles": [{"kind": "Role", "name": odd}]}},
+        "training": {
+            "runtime": {"name": odd, "enabled": True},
+            "serviceAccount": named,
+            "queue": {"enabled": True, "name": odd, "clusterQueue": odd},
+        },
+        "pipelines": {"publish": {"enabled": True}, "token": {"enabled": True, "audience": odd}},
+        "workspace": kept,
+        "postgresql": kept,
+        "seaweedfs": kept,
+        "monitoring": {"enabled": True},
+    }
+    for part in (values, merged(values, outside)):
+        text = json.dumps(render(part, name=odd, namespace=odd).objects)
+        assert odd in text
+        assert "262143" not in text
+        assert '"name": false' not in text
 
 
 def test_values_that_yaml_reads_otherwise_reach_what_they_are_for() -> None:

@@ -11,8 +11,8 @@
 {{- end }}
 
 {{- define "teefusion.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -47,8 +47,8 @@ app.kubernetes.io/part-of: teefusion
 
 {{/* metadata of an object: name (the component's, unless given), namespace, labels (further ones, if given). */}}
 {{- define "teefusion.metadata" -}}
-name: {{ .name | default (include "teefusion.componentName" .) }}
-namespace: {{ .root.Release.Namespace }}
+name: {{ .name | default (include "teefusion.componentName" .) | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- include "teefusion.labels" . | nindent 2 }}
 {{- end }}
@@ -73,7 +73,7 @@ labels:
 {{- $user := ternary nil (default $ours .user) (empty $ours) -}}
 automountServiceAccountToken: {{ .token | default false }}
 {{- with .serviceAccount }}
-serviceAccountName: {{ . }}
+serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- /* Else each Service of the namespace became variables, such as TEEFUSION_MLFLOW_PORT. */}}
 enableServiceLinks: false
@@ -116,7 +116,7 @@ capabilities:
 {{- end }}
 {{- end }}
 {{- range $name, $value := $all }}
-- name: {{ $name }}
+- name: {{ $name | quote }}
   {{- if kindIs "map" $value }}
   valueFrom:
     {{- toYaml $value | nindent 4 }}
@@ -229,7 +229,7 @@ HOME: /tmp
   spec:
     accessModes: [ReadWriteOnce]
     {{- with .storage.className }}
-    storageClassName: {{ . }}
+    storageClassName: {{ . | quote }}
     {{- end }}
     resources:
       requests:

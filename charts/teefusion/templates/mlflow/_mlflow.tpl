@@ -3,8 +3,8 @@
 name: {{ include "teefusion.componentName" (dict "root" . "component" "postgresql") }}
 key: uri
 {{- else -}}
-name: {{ .Values.mlflow.database.existingSecret }}
-key: {{ .Values.mlflow.database.key }}
+name: {{ .Values.mlflow.database.existingSecret | quote }}
+key: {{ .Values.mlflow.database.key | quote }}
 {{- end -}}
 {{- end }}
 
@@ -47,22 +47,22 @@ MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE: {{ .Values.s3.addressingStyle }}
 HOME: /tmp
 USER: mlflow
 {{- with include "teefusion.s3.secret" . }}
-AWS_ACCESS_KEY_ID: {secretKeyRef: {name: {{ . }}, key: TEEFUSION_S3_ACCESS_KEY_ID}}
-AWS_SECRET_ACCESS_KEY: {secretKeyRef: {name: {{ . }}, key: TEEFUSION_S3_SECRET_ACCESS_KEY}}
-AWS_SESSION_TOKEN: {secretKeyRef: {name: {{ . }}, key: TEEFUSION_S3_SESSION_TOKEN, optional: true}}
+AWS_ACCESS_KEY_ID: {secretKeyRef: {name: {{ . | quote }}, key: TEEFUSION_S3_ACCESS_KEY_ID}}
+AWS_SECRET_ACCESS_KEY: {secretKeyRef: {name: {{ . | quote }}, key: TEEFUSION_S3_SECRET_ACCESS_KEY}}
+AWS_SESSION_TOKEN: {secretKeyRef: {name: {{ . | quote }}, key: TEEFUSION_S3_SESSION_TOKEN, optional: true}}
 {{- end }}
 {{- with include "teefusion.s3.endpoint" . }}
 MLFLOW_S3_ENDPOINT_URL: {{ . }}
 {{- end }}
 {{- with .Values.s3.region }}
-AWS_DEFAULT_REGION: {{ . }}
+AWS_DEFAULT_REGION: {{ . | quote }}
 {{- end }}
 {{- if .Values.mlflow.auth.enabled }}
 {{- $secret := include "teefusion.mlflow.secret" . }}
 MLFLOW_AUTH_CONFIG_PATH: /etc/mlflow/basic_auth.ini
-MLFLOW_AUTH_ADMIN_USERNAME: {secretKeyRef: {name: {{ $secret }}, key: MLFLOW_TRACKING_USERNAME}}
-MLFLOW_AUTH_ADMIN_PASSWORD: {secretKeyRef: {name: {{ $secret }}, key: MLFLOW_TRACKING_PASSWORD}}
-MLFLOW_FLASK_SERVER_SECRET_KEY: {secretKeyRef: {name: {{ $secret }}, key: MLFLOW_FLASK_SERVER_SECRET_KEY}}
+MLFLOW_AUTH_ADMIN_USERNAME: {secretKeyRef: {name: {{ $secret | quote }}, key: MLFLOW_TRACKING_USERNAME}}
+MLFLOW_AUTH_ADMIN_PASSWORD: {secretKeyRef: {name: {{ $secret | quote }}, key: MLFLOW_TRACKING_PASSWORD}}
+MLFLOW_FLASK_SERVER_SECRET_KEY: {secretKeyRef: {name: {{ $secret | quote }}, key: MLFLOW_FLASK_SERVER_SECRET_KEY}}
 DEFAULT_PERMISSION: {{ .Values.mlflow.auth.defaultPermission }}
 {{- end }}
 {{- end }}

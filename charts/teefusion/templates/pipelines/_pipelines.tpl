@@ -12,7 +12,7 @@ containers:
     command:
       {{- toYaml .command | nindent 6 }}
     envFrom:
-      - configMapRef: {name: {{ .root.Values.settings.name }}}
+      - configMapRef: {name: {{ .root.Values.settings.name | quote }}}
     env:
       {{- $env := include "teefusion.clientEnv" .root | fromYaml }}
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
@@ -30,7 +30,7 @@ containers:
       - {name: files, mountPath: /etc/teefusion, readOnly: true}
       {{- end }}
       {{- if $claim }}
-      - {name: workspace, mountPath: {{ .root.Values.workspace.mountPath }}}
+      - {name: workspace, mountPath: {{ .root.Values.workspace.mountPath | quote }}}
       {{- end }}
       {{- if $values.token.enabled }}
       - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
@@ -39,17 +39,17 @@ volumes:
   - {name: tmp, emptyDir: {}}
   {{- with .files }}
   - name: files
-    configMap: {name: {{ . }}}
+    configMap: {name: {{ . | quote }}}
   {{- end }}
   {{- with $claim }}
   - name: workspace
-    persistentVolumeClaim: {claimName: {{ . }}}
+    persistentVolumeClaim: {claimName: {{ . | quote }}}
   {{- end }}
   {{- if $values.token.enabled }}
   - name: token
     projected:
       sources:
-        - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience }}}
+        - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience | quote }}}
   {{- end }}
 {{- end }}
 
@@ -75,7 +75,7 @@ spec:
           echo "Steps of runs cannot write to the workspace: its driver sets no group. On the volume's server, give its" \
             "root to group $(id -g), and let the group write (chmod g+rwxs); then delete this Job, and upgrade." >&2
           exit 1
-        - {{ $values.workspace.mountPath }}
+        - {{ $values.workspace.mountPath | quote }}
       securityContext:
         {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
       resources:
@@ -83,9 +83,9 @@ spec:
         limits: {memory: 128Mi}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
-        - {name: workspace, mountPath: {{ $values.workspace.mountPath }}}
+        - {name: workspace, mountPath: {{ $values.workspace.mountPath | quote }}}
   volumes:
     - {name: tmp, emptyDir: {}}
     - name: workspace
-      persistentVolumeClaim: {claimName: {{ include "teefusion.workspace.claim" .root }}}
+      persistentVolumeClaim: {claimName: {{ include "teefusion.workspace.claim" .root | quote }}}
 {{- end }}

@@ -19,7 +19,7 @@ spec:
       command: [python, /opt/teefusion/{{ .name }}_check.py]
       {{- if .settings }}
       envFrom:
-        - configMapRef: {name: {{ .root.Values.settings.name }}}
+        - configMapRef: {name: {{ .root.Values.settings.name | quote }}}
       {{- end }}
       {{- with .env }}
       env:
