@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.charts import FILES, Json, Release, merged, render
+from tests.charts import CHART, FILES, Json, Release, leaves, merged, nested, render, values_of
 
 
 def test_pods_keep_to_the_restricted_standard(release: Release) -> None:
@@ -34,6 +34,13 @@ def test_pods_ask_for_resources_and_are_bounded_in_memory(release: Release) -> N
             assert "memory" in container["resources"]["limits"], pod.owner
 
 
+def test_every_pod_asks_for_what_the_values_say() -> None:
+    paths = [path for path, _ in leaves(values_of(CHART / "values.yaml")) if path.endswith("requests.memory")]
+    runtime = {"training": {"runtime": {"enabled": True}}}
+    for pod in render(merged(FILES["dev"], runtime, *(nested(path, "7Mi") for path in paths))).pods:
+        assert {container["resources"]["requests"]["memory"] for container in pod.containers} == {"7Mi"}, pod.owner
+
+
 def test_pods_get_no_istio_sidecar(release: Release) -> None:
     # Every profile of Kubeflow would add one. Istio's webhook goes by the pod's label.
     assert {pod.labels["sidecar.istio.io/inject"] for pod in release.pods} <= {"false"}
@@ -50,6 +57,11 @@ def test_servers_have_probes(release: Release) -> None:
         if pod.owner.startswith(("Deployment/", "StatefulSet/")):
             (server,) = pod.spec["containers"]
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= server.keys()
+
+
+def test_a_rollback_waits_for_no_broken_pod(releases: dict[str, Release]) -> None:
+    stores = releases["defaults"].of("StatefulSet")
+    assert [store["spec"]["podManagementPolicy"] for store in stores] == ["Parallel", "Parallel"]
 
 
 def test_images_are_pinned(release: Release) -> None:

@@ -79,8 +79,7 @@ spec:
       securityContext:
         {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
       resources:
-        requests: {cpu: 50m, memory: 64Mi}
-        limits: {memory: 128Mi}
+        {{- toYaml $values.workspace.prepare.resources | nindent 8 }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         - {name: workspace, mountPath: {{ $values.workspace.mountPath | quote }}}
