@@ -157,9 +157,11 @@ def _pod_template(thing: Json) -> Json | None:
     return template
 
 
-def render(values: Mapping[str, Any], *, name: str = RELEASE, path: Path = CHART) -> Release:
+def render(
+    values: Mapping[str, Any], *, name: str = RELEASE, namespace: str = NAMESPACE, path: Path = CHART
+) -> Release:
     """By Helm 4. Raises helm_python's errors."""
-    rendered = chart(path).render(dict(values), name=name, namespace=NAMESPACE)
+    rendered = chart(path).render(dict(values), name=name, namespace=namespace)
     return Release(
         found for file, text in rendered.items() if not file.endswith("NOTES.txt") for found in documents(text)
     )

@@ -32,6 +32,7 @@ _KINDS = {
     "autoscaling/v2": "HorizontalPodAutoscaler",
     "rbac.authorization.k8s.io/v1": "Role RoleBinding",
     "trainer.kubeflow.org/v1alpha1": "TrainingRuntime",
+    "argoproj.io/v1alpha1": "Application",  # Argo CD's: there are no Argo Workflows
     "monitoring.coreos.com/v1": "ServiceMonitor PrometheusRule",
     "kueue.x-k8s.io/v1beta2": "LocalQueue",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts import CHART, FILES, NAMESPACE, RELEASE, Release, render, values_of
+from tests.charts import CHART, FILES, NAMESPACE, RELEASE, Release, merged, render, values_of
 
 # Secrets and claims that a person makes, as the values files and docs/install.md say.
 MADE_BEFORE = {
@@ -42,6 +43,45 @@ def test_labels_take_the_version_of_a_build(tmp_path: Path) -> None:
             assert re.fullmatch(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", value, flags=re.ASCII), value
 
 
+def test_names_that_yaml_reads_as_numbers_stay_names() -> None:
+    odd = "0777777"  # to YAML 262143
+    named, kept = {"name": odd}, {"storage": {"className": odd}}
+    outside = {
+        "s3": {"existingSecret": odd, "region": odd},
+        "mlflow": {"auth": {"existingSecret": odd}, "database": {"existingSecret": odd, "key": odd}},
+        "workspace": {"existingClaim": odd},
+        "postgresql": {"enabled": False},
+        "seaweedfs": {"enabled": False},
+    }
+    values = {
+        "nameOverride": odd,
+        "fullnameOverride": "team",
+        "settings": named,
+        "imagePullSecrets": [named],
+        "hub": {"existingSecret": odd},
+        "mlflow": {
+            "extraEnv": {"NO": odd},
+            "ingress": {"enabled": True, "host": odd, "className": odd, "tls": {"secretName": odd}},
+        },
+        "runner": {"serviceAccount": named, "rbac": {"alsoFor": [odd], "alsoRoles": [{"kind": "Role", "name": odd}]}},
+        "training": {
+            "runtime": {"name": odd, "enabled": True},
+            "serviceAccount": named,
+            "queue": {"enabled": True, "name": odd, "clusterQueue": odd},
+        },
+        "pipelines": {"publish": {"enabled": True}, "token": {"enabled": True, "audience": odd}},
+        "workspace": kept,
+        "postgresql": kept,
+        "seaweedfs": kept,
+        "monitoring": {"enabled": True},
+    }
+    for part in (values, merged(values, outside)):
+        text = json.dumps(render(part, name=odd, namespace=odd).objects)
+        assert odd in text
+        assert "262143" not in text
+        assert '"name": false' not in text
+
+
 def test_values_that_yaml_reads_otherwise_reach_what_they_are_for() -> None:
     labels = {"dashboards": {"labels": {"grafana_dashboard": None}}}
     release = render({"mlflow": {"ingress": {"enabled": True, "host": "*.example.com"}}, "monitoring": labels})
@@ -53,6 +93,9 @@ def test_a_binding_to_another_kind_of_role_is_another_binding() -> None:
     roles = [{"kind": kind, "name": "pipeline-runner"} for kind in ("Role", "ClusterRole")]  # a roleRef is immutable
     bound = render({"runner": {"rbac": {"alsoRoles": roles}}}).of("RoleBinding")
     assert len({binding["metadata"]["name"] for binding in bound}) == 3
+    release = render({"runner": {"rbac": {"create": False, "alsoRoles": roles}}})
+    assert [binding["roleRef"]["kind"] for binding in release.of("RoleBinding")] == ["Role", "ClusterRole"]
+    assert release.of("Role") == []
 
 
 def test_a_rollout_may_take_as_long_as_a_start() -> None:
@@ -153,6 +196,16 @@ def test_files_that_pods_run_are_in_what_they_mount(release: Release) -> None:
                 (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == str(path.parent))
                 (volume,) = (one for one in pod.spec["volumes"] if one["name"] == mount["name"])
                 assert path.name in release.one("ConfigMap", volume["configMap"]["name"])["data"]
+
+
+def test_hooks_wait_for_no_claim(release: Release) -> None:
+    hooks = [
+        f"{thing['kind']}/{thing['metadata']['name']}"
+        for thing in release.objects
+        if "helm.sh/hook" in thing["metadata"].get("annotations", {})
+    ]
+    for owner in hooks:  # one that is not bound would fail the install
+        assert not any("persistentVolumeClaim" in volume for volume in release.pod(owner).spec["volumes"]), owner
 
 
 def test_mounts_and_volumes_belong_together(release: Release) -> None:

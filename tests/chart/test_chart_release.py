@@ -81,3 +81,4 @@ def test_notes_name_the_secrets_and_claims_that_are_not_there(cluster: HelmClust
     assert "MISSING: Secret teefusion-mlflow, which the values name." in notes
     assert "MISSING: PersistentVolumeClaim teefusion-work, which the values name." in notes
     assert "Secret teefusion-s3" not in notes
+    assert "MISSING: Kubeflow Pipelines 2.17" in notes

@@ -56,7 +56,9 @@ def mlflow_server(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     port = free_port()
     host = "teefusion-mlflow.ml.svc"
     auth = tmp_path / "basic_auth.ini"
-    variables = ENVIRONMENT | {
+    (container,) = render({}).pod("Deployment/teefusion-mlflow").spec["containers"]
+    variables = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+    variables |= ENVIRONMENT | {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow%20store.db",
         "MLFLOW_S3_ENDPOINT_URL": store,
         "MLFLOW_AUTH_CONFIG_PATH": str(auth),
@@ -73,7 +75,6 @@ def mlflow_server(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert written["mlflow"]["database_uri"] == variables["MLFLOW_BACKEND_STORE_URI"]
     assert auth.stat().st_mode & 0o077 == 0
 
-    (container,) = render({}).pod("Deployment/teefusion-mlflow").spec["containers"]
     words = [word.replace("$(POD_IP)", "10.1.2.3").replace(":5000", f":{port}") for word in container["args"]]
     words = [word.replace("0.0.0.0", "127.0.0.1").replace("=5000", f"={port}") for word in words]
     words = [word.replace("/tmp/metrics", str(tmp_path / "metrics")) for word in words]

@@ -15,7 +15,7 @@ import helm_python
 import pytest
 import yaml
 
-from teefusion.settings import Settings, load_settings
+from teefusion.settings import SECRET_KEYS, Settings, load_settings
 from teefusion.storage import S3Credentials
 from tests.charts import (
     CASES,
@@ -141,6 +141,11 @@ def test_notes_reach_kubeflow_where_it_is() -> None:
 
     forward = "kubectl port-forward --namespace kubeflow service/ml-pipeline 80 &"
     assert forward in told("http://ml-pipeline.kubeflow.svc.cluster.local")
+    short = told("http://ml-pipeline.kubeflow:8888/pipeline")
+    assert "kubectl port-forward --namespace kubeflow service/ml-pipeline 8888 &" in short
+    assert "--endpoint http://localhost:8888/pipeline " in short
+    assert "--endpoint http://localhost:8888/path " in told("http://ml-pipeline.kubeflow.svc:8888/path")
+    assert "--endpoint https://example.com:8443 " in told("https://example.com:8443")
     outside = told("https://kubeflow.example.com/pipeline")
     assert "service/ml-pipeline" not in outside
     assert "--endpoint https://kubeflow.example.com/pipeline" in outside
@@ -166,6 +171,15 @@ def test_secrets_have_the_names_and_keys_that_the_code_reads(
     assert identity["credentials"] == [
         {"accessKey": held["TEEFUSION_S3_ACCESS_KEY_ID"], "secretKey": held["TEEFUSION_S3_SECRET_ACCESS_KEY"]}
     ]
+
+
+def test_an_mlflow_elsewhere_may_want_a_token_and_a_store_a_role(releases: dict[str, Release]) -> None:
+    pod = releases["minimal"].pod("Pod/teefusion-test-storage")
+    given = {one["name"]: one["valueFrom"]["secretKeyRef"] for _, one in pod.variables if "valueFrom" in one}
+    assert {name for name, source in given.items() if source["name"] == "teefusion-mlflow" and source["optional"]} == {
+        *SECRET_KEYS["mlflow_secret"]
+    }
+    assert pod.spec["serviceAccountName"] == load_settings().kfp.service_account
 
 
 def test_fixed_names_do_not_depend_on_the_release() -> None:

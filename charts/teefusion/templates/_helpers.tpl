@@ -11,8 +11,8 @@
 {{- end }}
 
 {{- define "teefusion.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -27,24 +27,28 @@ app.kubernetes.io/version: {{ include "teefusion.labelValue" .root.Chart.AppVers
 app.kubernetes.io/part-of: teefusion
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ include "teefusion.labelValue" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) | quote }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (.labels | default dict) .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{/* Labels of a pod beside those by which it is selected; the values' go over ours. Takes root, and perhaps own. An Istio
+     sidecar keeps Jobs from ending and nodes of a TrainJob from meeting, and lets nobody in who has none, as steps' pods. */}}
+{{- define "teefusion.otherPodLabels" -}}
+{{ merge (dict) (.own | default dict) .root.Values.commonLabels (dict "sidecar.istio.io/inject" "false") | toYaml }}
 {{- end }}
 
 {{/* Of pods: nothing that changes with the chart's version, or each upgrade would start everything again. */}}
 {{- define "teefusion.podLabels" -}}
 {{ include "teefusion.selectorLabels" . }}
 app.kubernetes.io/part-of: teefusion
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{ include "teefusion.otherPodLabels" . }}
 {{- end }}
 
-{{/* metadata of an object: name (the component's, unless given), namespace, labels. */}}
+{{/* metadata of an object: name (the component's, unless given), namespace, labels (further ones, if given). */}}
 {{- define "teefusion.metadata" -}}
-name: {{ .name | default (include "teefusion.componentName" .) }}
-namespace: {{ .root.Release.Namespace }}
+name: {{ .name | default (include "teefusion.componentName" .) | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- include "teefusion.labels" . | nindent 2 }}
 {{- end }}
@@ -69,7 +73,7 @@ labels:
 {{- $user := ternary nil (default $ours .user) (empty $ours) -}}
 automountServiceAccountToken: {{ .token | default false }}
 {{- with .serviceAccount }}
-serviceAccountName: {{ . }}
+serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- /* Else each Service of the namespace became variables, such as TEEFUSION_MLFLOW_PORT. */}}
 enableServiceLinks: false
@@ -80,9 +84,9 @@ imagePullSecrets:
 securityContext:
   runAsNonRoot: true
   {{- with $user }}
-  runAsUser: {{ . }}
-  runAsGroup: {{ . }}
-  fsGroup: {{ . }}
+  runAsUser: {{ int64 . }}
+  runAsGroup: {{ int64 . }}
+  fsGroup: {{ int64 . }}
   fsGroupChangePolicy: OnRootMismatch
   {{- end }}
   seccompProfile:
@@ -102,15 +106,22 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* Variables from a map of name to value, or to a source such as {secretKeyRef: ...}: a map has no name twice. */}}
+{{/* Variables from maps of name to value, or to a source such as {secretKeyRef: ...}; later maps go over earlier ones.
+     Name by name, as mergeOverwrite would give one variable two sources; and no number as 1e+06. Takes a list of maps. */}}
 {{- define "teefusion.env" -}}
-{{- range $name, $value := . }}
-- name: {{ $name }}
+{{- $all := dict }}
+{{- range $map := . }}
+{{- range $name, $value := $map }}
+{{- $_ := set $all $name $value }}
+{{- end }}
+{{- end }}
+{{- range $name, $value := $all }}
+- name: {{ $name | quote }}
   {{- if kindIs "map" $value }}
   valueFrom:
     {{- toYaml $value | nindent 4 }}
   {{- else }}
-  value: {{ $value | toString | quote }}
+  value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}
   {{- end }}
 {{- end }}
 {{- end }}
@@ -141,9 +152,9 @@ true
 {{- end -}}
 {{- end }}
 
-{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. */}}
+{{/* The port of a URL: what it says, or its scheme's. Of no URL, that of https. A proxy may come without a scheme. */}}
 {{- define "teefusion.port" -}}
-{{- $url := urlParse . -}}
+{{- $url := urlParse (ternary . (printf "http://%s" .) (or (empty .) (contains "://" .))) -}}
 {{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
 {{- end }}
 
@@ -183,6 +194,15 @@ http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow")
 {{- end -}}
 {{- end }}
 
+{{/* Variables with which a client shows MLflow who it is: ours wants a user, another server perhaps a token. */}}
+{{- define "teefusion.mlflow.credentials" -}}
+{{- $user := list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD" }}
+{{- with include "teefusion.mlflow.secret" . }}
+{{- $keys := ternary (dict "keys" $user) (dict "optional" (append $user "MLFLOW_TRACKING_TOKEN")) $.Values.mlflow.enabled }}
+{{- include "teefusion.secretEnv" (merge (dict "secret" .) $keys) }}
+{{- end }}
+{{- end }}
+
 {{- define "teefusion.workspace.claim" -}}
 {{- if .Values.workspace.enabled -}}{{ default "teefusion-work" .Values.workspace.existingClaim }}{{- end -}}
 {{- end }}
@@ -192,9 +212,7 @@ http://{{ include "teefusion.componentName" (dict "root" . "component" "mlflow")
 {{- with include "teefusion.s3.secret" . }}
 {{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "TEEFUSION_S3_ACCESS_KEY_ID" "TEEFUSION_S3_SECRET_ACCESS_KEY") "optional" (list "TEEFUSION_S3_SESSION_TOKEN")) }}
 {{- end }}
-{{- with include "teefusion.mlflow.secret" . }}
-{{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD")) }}
-{{- end }}
+{{- include "teefusion.mlflow.credentials" . }}
 {{- with .Values.hub.existingSecret }}
 {{- include "teefusion.secretEnv" (dict "secret" . "keys" (list "HF_TOKEN")) }}
 {{- end }}
@@ -211,7 +229,7 @@ HOME: /tmp
   spec:
     accessModes: [ReadWriteOnce]
     {{- with .storage.className }}
-    storageClassName: {{ . }}
+    storageClassName: {{ . | quote }}
     {{- end }}
     resources:
       requests:

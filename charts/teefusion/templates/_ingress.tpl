@@ -10,12 +10,12 @@ metadata:
   {{- end }}
 spec:
   {{- with .ingress.className }}
-  ingressClassName: {{ . }}
+  ingressClassName: {{ . | quote }}
   {{- end }}
   {{- if .ingress.tls.enabled }}
   tls:
     - hosts: [{{ .ingress.host | quote }}]
-      secretName: {{ default (printf "%s-tls" (include "teefusion.componentName" .)) .ingress.tls.secretName }}
+      secretName: {{ default (printf "%s-tls" (include "teefusion.componentName" .)) .ingress.tls.secretName | quote }}
   {{- end }}
   rules:
     - host: {{ .ingress.host | quote }}

@@ -2,7 +2,7 @@
      default anyway. */}}
 {{- define "teefusion.settings.known" -}}
 {{- with include "teefusion.workspace.claim" . }}
-workdir: {{ $.Values.workspace.mountPath }}/work
+workdir: {{ printf "%s/work" $.Values.workspace.mountPath | quote }}
 {{- end }}
 mlflow:
   tracking_uri: {{ include "teefusion.mlflow.url" . | quote }}
@@ -12,35 +12,35 @@ storage:
   region: {{ .Values.s3.region | default nil | toJson }}
   addressing_style: {{ .Values.s3.addressingStyle }}
 cluster:
-  runtime: {{ .Values.training.runtime.name }}
+  runtime: {{ .Values.training.runtime.name | quote }}
   image: {{ include "teefusion.image" (dict "root" . "stage" "train") }}
   small_image: {{ include "teefusion.image" (dict "root" . "stage" "pipeline") }}
-  service_account: {{ .Values.training.serviceAccount.name }}
+  service_account: {{ .Values.training.serviceAccount.name | quote }}
   {{- with include "teefusion.s3.secret" . }}
-  s3_secret: {{ . }}
+  s3_secret: {{ . | quote }}
   {{- end }}
   {{- with include "teefusion.mlflow.secret" . }}
-  mlflow_secret: {{ . }}
+  mlflow_secret: {{ . | quote }}
   {{- end }}
   {{- with .Values.hub.existingSecret }}
-  hub_secret: {{ . }}
+  hub_secret: {{ . | quote }}
   {{- end }}
-  config_map: {{ .Values.settings.name }}
+  config_map: {{ .Values.settings.name | quote }}
   env: {{ .Values.settings.env | toJson }}
   run_as_user: {{ .Values.security.runAsUser | toJson }}
   queue: {{ ternary .Values.training.queue.name nil .Values.training.queue.enabled | toJson }}
   {{- with .Values.imagePullSecrets }}
   image_pull_secrets:
     {{- range . }}
-    - {{ .name }}
+    - {{ .name | quote }}
     {{- end }}
   {{- end }}
   {{- with include "teefusion.workspace.claim" . }}
-  volume_claim: {{ . }}
-  volume_path: {{ $.Values.workspace.mountPath }}
+  volume_claim: {{ . | quote }}
+  volume_path: {{ $.Values.workspace.mountPath | quote }}
   {{- end }}
 kfp:
-  service_account: {{ .Values.runner.serviceAccount.name }}
+  service_account: {{ .Values.runner.serviceAccount.name | quote }}
   namespace: {{ ternary .Release.Namespace nil .Values.pipelines.token.enabled | toJson }}
 {{- end }}
 

@@ -27,14 +27,23 @@ podSelector:
     {{- include "teefusion.selectorLabels" . | nindent 4 }}
 {{- end }}
 
-{{/* To something outside: any of the addresses, at the ports. No address given is every one, and no port the URL's.
-     Takes ports, cidrs, and perhaps url. */}}
+{{/* To something outside: any of the addresses, at the ports. No address given is every one, and no port those of its URL
+     and of the proxies that settings.env names. Takes root, url, outside (ports and cidrs). */}}
 {{- define "teefusion.outside" -}}
+{{- $ports := .outside.ports -}}
+{{- if not $ports -}}
+{{- $ports = list (include "teefusion.port" (.url | default "")) -}}
+{{- range list "HTTP_PROXY" "HTTPS_PROXY" "http_proxy" "https_proxy" -}}
+{{- with index $.root.Values.settings.env . -}}
+{{- $ports = append $ports (include "teefusion.port" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 ports:
-  {{- range .ports | default (list (include "teefusion.port" (.url | default ""))) }}
+  {{- range uniq $ports }}
   - {protocol: TCP, port: {{ . }}}
   {{- end }}
-{{- with .cidrs }}
+{{- with .outside.cidrs }}
 to:
   {{- range . }}
   - ipBlock: {cidr: {{ . | quote }}}
@@ -42,7 +51,7 @@ to:
 {{- end }}
 {{- end }}
 
-{{/* To a component of ours, or to what stands in its place. Takes root, enabled, component, port, outside. */}}
+{{/* To a component of ours, or to what stands in its place. Takes root, enabled, component, port, url, outside. */}}
 {{- define "teefusion.inOrOut" -}}
 {{- if .enabled -}}
 ports:
@@ -50,7 +59,7 @@ ports:
 to:
   - {{- include "teefusion.peer" . | nindent 4 }}
 {{- else -}}
-{{- include "teefusion.outside" .outside -}}
+{{- include "teefusion.outside" . -}}
 {{- end -}}
 {{- end }}
 

@@ -1,6 +1,8 @@
-{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, and perhaps files (a ConfigMap). */}}
+{{/* Pod of something that talks to Kubeflow Pipelines. Takes root, name, command, and perhaps files (a ConfigMap), and
+     workspace: whether it reads files there, such as prompts. A claim that is not bound yet would hold up a hook. */}}
 {{- define "teefusion.pipelines.pod" -}}
 {{- $values := .root.Values.pipelines -}}
+{{- $claim := ternary (include "teefusion.workspace.claim" .root) "" (default false .workspace) -}}
 {{- include "teefusion.pod" (dict "root" .root "values" $values "serviceAccount" .root.Values.runner.serviceAccount.name) }}
 restartPolicy: Never
 containers:
@@ -10,14 +12,14 @@ containers:
     command:
       {{- toYaml .command | nindent 6 }}
     envFrom:
-      - configMapRef: {name: {{ .root.Values.settings.name }}}
+      - configMapRef: {name: {{ .root.Values.settings.name | quote }}}
     env:
       {{- $env := include "teefusion.clientEnv" .root | fromYaml }}
       {{- $_ := set $env "KF_PIPELINES_ENDPOINT" $values.endpoint }}
       {{- if $values.token.enabled }}
       {{- $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}
       {{- end }}
-      {{- include "teefusion.env" (mergeOverwrite $env $values.extraEnv) | trim | nindent 6 }}
+      {{- include "teefusion.env" (list $env $values.extraEnv) | trim | nindent 6 }}
     securityContext:
       {{- include "teefusion.containerSecurityContext" .root | nindent 6 }}
     resources:
@@ -27,8 +29,8 @@ containers:
       {{- if .files }}
       - {name: files, mountPath: /etc/teefusion, readOnly: true}
       {{- end }}
-      {{- with include "teefusion.workspace.claim" .root }}
-      - {name: workspace, mountPath: {{ $.root.Values.workspace.mountPath }}}
+      {{- if $claim }}
+      - {name: workspace, mountPath: {{ .root.Values.workspace.mountPath | quote }}}
       {{- end }}
       {{- if $values.token.enabled }}
       - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
@@ -37,18 +39,17 @@ volumes:
   - {name: tmp, emptyDir: {}}
   {{- with .files }}
   - name: files
-    configMap: {name: {{ . }}}
+    configMap: {name: {{ . | quote }}}
   {{- end }}
-  {{- with include "teefusion.workspace.claim" .root }}
-  # Prompt files that settings name are there.
+  {{- with $claim }}
   - name: workspace
-    persistentVolumeClaim: {claimName: {{ . }}}
+    persistentVolumeClaim: {claimName: {{ . | quote }}}
   {{- end }}
   {{- if $values.token.enabled }}
   - name: token
     projected:
       sources:
-        - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience }}}
+        - serviceAccountToken: {path: token, expirationSeconds: 7200, audience: {{ $values.token.audience | quote }}}
   {{- end }}
 {{- end }}
 
@@ -74,17 +75,16 @@ spec:
           echo "Steps of runs cannot write to the workspace: its driver sets no group. On the volume's server, give its" \
             "root to group $(id -g), and let the group write (chmod g+rwxs); then delete this Job, and upgrade." >&2
           exit 1
-        - {{ $values.workspace.mountPath }}
+        - {{ $values.workspace.mountPath | quote }}
       securityContext:
         {{- include "teefusion.containerSecurityContext" .root | nindent 8 }}
       resources:
-        requests: {cpu: 50m, memory: 64Mi}
-        limits: {memory: 128Mi}
+        {{- toYaml $values.workspace.prepare.resources | nindent 8 }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
-        - {name: workspace, mountPath: {{ $values.workspace.mountPath }}}
+        - {name: workspace, mountPath: {{ $values.workspace.mountPath | quote }}}
   volumes:
     - {name: tmp, emptyDir: {}}
     - name: workspace
-      persistentVolumeClaim: {claimName: {{ include "teefusion.workspace.claim" .root }}}
+      persistentVolumeClaim: {claimName: {{ include "teefusion.workspace.claim" .root | quote }}}
 {{- end }}
