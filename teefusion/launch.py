@@ -45,6 +45,10 @@ def run_training(
 
         work = training.dry_run if dry_run else training.train
         return work(settings, prompts=prompts, targets=targets, output=output)
+    if settings.train.zero_stage:
+        from teefusion.zero import require_deepspeed
+
+        require_deepspeed(settings.train)  # before each rank says it
     arguments = [f"--prompts={prompts}", f"--targets={targets}", f"--output={output}"]
     arguments += ["--dry-run"] if dry_run else []
     restarts = 0 if dry_run else settings.train.max_restarts

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
 from torch import Tensor
 
 from teefusion.errors import TrainingError
@@ -20,23 +20,27 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """Adam's, by which DeepSpeed finds the part of a weight."""
 
 
-def zero_plugin(options: TrainSettings) -> DeepSpeedPlugin:
-    """ZeRO as the settings say. Raises TrainingError where DeepSpeed is not installed."""
-    device = "cpu" if options.offload else "none"
-    try:
-        return DeepSpeedPlugin(
-            zero_stage=options.zero_stage,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            gradient_clipping=options.max_grad_norm,
-            offload_optimizer_device=device,
-            offload_param_device=device if options.zero_stage == 3 else "none",
-            zero3_init_flag=False,
-        )
-    except ImportError as error:
+def require_deepspeed(options: TrainSettings) -> None:
+    """Raise TrainingError where the settings want ZeRO and DeepSpeed is not installed."""
+    if options.zero_stage and not is_deepspeed_available():
         raise TrainingError(
             f"train.zero_stage is {options.zero_stage}, but DeepSpeed is not installed. Run 'make deepspeed' (or "
             "pip install 'teefusion[deepspeed]' --no-build-isolation), or set train.zero_stage=0."
-        ) from error
+        )
+
+
+def zero_plugin(options: TrainSettings) -> DeepSpeedPlugin:
+    """ZeRO as the settings say. Raises what ``require_deepspeed`` raises."""
+    require_deepspeed(options)
+    device = "cpu" if options.offload else "none"
+    return DeepSpeedPlugin(
+        zero_stage=options.zero_stage,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        gradient_clipping=options.max_grad_norm,
+        offload_optimizer_device=device,
+        offload_param_device=device if options.zero_stage == 3 else "none",
+        zero3_init_flag=False,
+    )
 
 
 def masters(wrapped: Any) -> list[Tensor]:

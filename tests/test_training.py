@@ -70,6 +70,13 @@ def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
     assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
 
 
+def test_zero_without_deepspeed_is_told_before_any_rank_starts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teefusion.zero.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("teefusion.launch._torchrun", lambda *_, **__: pytest.fail("ranks were started"))
+    with pytest.raises(TrainingError, match=r"zero_stage is 2, but DeepSpeed is not installed.*make deepspeed"):
+        job.train("zero", {"train.zero_stage": 2, "train.num_processes": 2})
+
+
 def test_bfloat16_keeps_float32_master_weights(job: Job) -> None:
     record = job.train("half", {"train.precision": "bfloat16"})
     assert all(value.dtype == torch.float32 for value in job.weights("half").values())
