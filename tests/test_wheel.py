@@ -78,12 +78,12 @@ class CleanEnvironment:
 
     def install_as(self, stage: str, wheel: Path) -> None:
         """By the very commands of a stage of the Dockerfile, and of those below it."""
-        there = {"/opt/teefusion/constraints.txt": ROOT / "constraints.txt", "$(ls /dist/*.whl)": wheel}
+        constraints = str(ROOT / "constraints.txt")
+        variables = {"PATH": f"{self.bin}:{os.environ['PATH']}", "PIP_ARGS": "--quiet --no-compile"}
         for command in installs(stage):
-            for name, path in there.items():
-                command = command.replace(name, str(path))
-            path = f"{self.bin}:{os.environ['PATH']}"
-            self.run("sh", "-c", command, timeout_s=1200, PATH=path, PIP_ARGS="--quiet --no-compile")
+            here = command.replace("/opt/teefusion/constraints.txt", constraints)
+            here = here.replace("$(ls /dist/*.whl)", str(wheel))
+            self.run("sh", "-c", here, timeout_s=1200, **variables)
 
 
 @pytest.fixture(scope="module")
