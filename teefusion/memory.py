@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 from pathlib import Path
 
@@ -48,11 +49,7 @@ class MemoryMeter:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         else:
-            # Else glibc keeps what is freed, and it counts: before, and from now on.
-            library = ctypes.CDLL(None)
-            if hasattr(library, "malloc_trim"):
-                library.malloc_trim(0)
-                library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+            return_freed_memory()
             reset_peak("cpu")
 
     def peak(self) -> int:
@@ -60,6 +57,18 @@ class MemoryMeter:
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._cuda)
         return _resident("VmHWM") - _resident("RssFile") - self._before  # mapped files need no memory of their own
+
+
+def return_freed_memory() -> None:
+    """To the system, what was freed before and, at the price of slower allocations, what will be.
+
+    glibc keeps it otherwise, and it counts as resident.
+    """
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _resident(line: str) -> int:

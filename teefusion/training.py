@@ -22,13 +22,15 @@ import torch
 from accelerate.state import AcceleratorState
 
 from teefusion.cache import open_shards
+from teefusion.devices import resolve_device
 from teefusion.errors import TeEFusionError
 from teefusion.files import write_json
 from teefusion.manifests import read_manifest
+from teefusion.memory import return_freed_memory
 from teefusion.prompts import load_prompt_set
 from teefusion.sample_sheets import SampleSheet
 from teefusion.settings import JOB_VARIABLE, Settings, job_settings
-from teefusion.training_memory import describe_trial
+from teefusion.training_memory import describe_trial, rehearse
 from teefusion.training_run import Run
 
 log = logging.getLogger("teefusion.training")  # under torchrun this module is __main__
@@ -65,6 +67,9 @@ def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) ->
     """
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
+    if resolve_device(settings.device) == "cpu":
+        rehearse(settings)
+        return_freed_memory()  # what stays is the process's, and Run measures from here
     try:
         run = Run(settings, manifest, store, output, tracked=False)
         record = _try_out(run)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from teefusion.architectures import architecture, teacher_shape
+from teefusion.architectures import Outline, architecture, teacher_shape
 from teefusion.devices import plain_attention
 from teefusion.estimates import find_device
 from teefusion.files import readable_bytes
@@ -59,8 +59,7 @@ def estimate_memory(settings: Settings, *, cpu: bool = False) -> dict[str, Any]:
     ``cpu`` is for a run on a CPU, where attention is not fused. Raises TeacherError, and TrainingError without peft
     where a LoRA is asked for.
     """
-    ranks = world_size(settings)
-    micro = settings.train.batch_size // (ranks * settings.train.gradient_accumulation_steps)
+    ranks, micro = world_size(settings), _micro_batch(settings)
     # ZeRO's passes are in bfloat16 throughout; plain ones are autocast from float32 weights.
     plain = _passes(settings, micro, cpu=cpu, cast=False)
     cast = plain if settings.train.precision == "float32" else _passes(settings, micro, cpu=cpu, cast=True)
@@ -82,6 +81,11 @@ def world_size(settings: Settings) -> int:
     if cluster.takes_trainjob("train"):
         return cluster.nodes * cluster.processes_per_node
     return settings.train.num_processes
+
+
+def _micro_batch(settings: Settings) -> int:
+    """States of one pass of one rank."""
+    return settings.train.batch_size // (world_size(settings) * settings.train.gradient_accumulation_steps)
 
 
 def memory_text(estimate: Mapping[str, Any], device: str) -> str:
@@ -117,37 +121,62 @@ class _Passes:
 
 def _passes(settings: Settings, micro: int, *, cpu: bool, cast: bool) -> _Passes:
     """Run forward and backward on tensors without data; ``cast`` has the weights themselves in bfloat16."""
-    options, shape = settings.train, architecture(settings.teacher)
-    bfloat16 = options.precision == "bfloat16"
-    dtype = torch.bfloat16 if cast else torch.float32
-    outline = shape.outline(dtype=dtype)
-    model = make_trainable(outline.transformer, options.lora_rank).train()
-    attention = plain_attention() if cpu else contextlib.nullcontext()
-    with FakeTensorMode(), attention:
-        _without_data(model)
-        if options.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        latents = shape.family.latent_shape(outline, settings.teacher.height, settings.teacher.width)
-        tokens = shape.family.text_tokens(outline, settings.teacher.max_sequence_length)
-        width, pooled = (int(model.config[name]) for name in ("joint_attention_dim", "pooled_projection_dim"))
-        x_BCHW, sigma_B = torch.empty(micro, *latents), torch.empty(micro)
-        text = torch.empty(micro, tokens, width, dtype=dtype), torch.empty(micro, pooled, dtype=dtype)
+    outline, model = _outline(settings, cast=cast)
+    with FakeTensorMode(), plain_attention() if cpu else contextlib.nullcontext():
+        loss = _make_loss(settings, outline, model, micro)
         with _Live(model) as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16 and not cast):
-                loss = shape.family.velocity(model, x_BCHW, sigma_B, *text).float().square().mean()
-            loss.backward()
+            loss().backward()
     weights = list(model.parameters())
     return _Passes(
         parameters=sum(weight.numel() for weight in weights),
         trained=sum(weight.numel() for weight in weights if weight.requires_grad),
-        compute=dtype.itemsize,
+        compute=weights[0].dtype.itemsize,
         activations=live.peak_without_gradients,
         with_gradients=live.peak,
     )
 
 
-def _without_data(model: nn.Module) -> None:
-    """Put fake tensors of the CPU in place of those of the meta device, which the model's own ``to`` cannot."""
+def rehearse(settings: Settings) -> None:
+    """Run forward and backward of one micro-batch on this CPU, of weights without meaning, and let all of it go.
+
+    A process's first passes compile a kernel for every shape and keep it, 30 MB for a small transformer and little more
+    for a large one. As a GPU's context they are no memory of training: who measures that does this before. Raises
+    TeacherError.
+    """
+    outline, model = _outline(settings, cast=settings.train.zero_stage > 0 and settings.train.precision == "bfloat16")
+    with plain_attention():
+        _make_loss(settings, outline, model, _micro_batch(settings))().backward()
+
+
+def _outline(settings: Settings, *, cast: bool) -> tuple[Outline, Any]:
+    """The teacher's, and the student of its transformer, in bfloat16 or float32 and without memory yet."""
+    outline = architecture(settings.teacher).outline(dtype=torch.bfloat16 if cast else torch.float32)
+    return outline, make_trainable(outline.transformer, settings.train.lora_rank).train()
+
+
+def _make_loss(settings: Settings, outline: Outline, model: Any, micro: int) -> Callable[[], Tensor]:
+    """Allocate weights, as the tensor mode has it and never filled, and ``micro`` states; gives what runs forward."""
+    options, family = settings.train, architecture(settings.teacher).family
+    dtype = next(model.parameters()).dtype
+    _allocate(model)
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    latents = family.latent_shape(outline, settings.teacher.height, settings.teacher.width)
+    tokens = family.text_tokens(outline, settings.teacher.max_sequence_length)
+    width, pooled = (int(outline.transformer.config[name]) for name in ("joint_attention_dim", "pooled_projection_dim"))
+    x_BCHW, sigma_B = torch.empty(micro, *latents), torch.empty(micro)
+    text = torch.empty(micro, tokens, width, dtype=dtype), torch.empty(micro, pooled, dtype=dtype)
+    autocast = options.precision == "bfloat16" and dtype == torch.float32
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return family.velocity(model, x_BCHW, sigma_B, *text).float().square().mean()
+
+    return loss
+
+
+def _allocate(model: nn.Module) -> None:
+    """Put tensors of the CPU in place of the meta device's; fake ones too, which the model's ``to`` cannot."""
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:

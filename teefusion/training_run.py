@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 
 from teefusion.checkpoints import load_latest, save_checkpoint
+from teefusion.devices import resolve_device
 from teefusion.distillation import ResidualMeter
 from teefusion.engine import Engine, StepResult
 from teefusion.errors import InterruptedRunError, TrainingError
@@ -49,7 +51,7 @@ class Run:
     ) -> None:
         self.settings, self.options, self.output = settings, settings.train, output
         self.lineage = lineage(settings, manifest)
-        self.engine = Engine(self.options, cpu=settings.device == "cpu")
+        self.engine = Engine(self.options, cpu=resolve_device(settings.device) == "cpu")
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         _check_world(self.options, self.accelerator.num_processes)
         set_seed(self.options.seed)
@@ -233,6 +235,12 @@ class Run:
 
 
 def _check_world(options: TrainSettings, ranks: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks != started:
+        raise TrainingError(
+            f"{started} ranks were started, but each would train by itself: Accelerate sees {ranks}. Unset the "
+            "ACCELERATE_* variables, and let torchrun start the ranks."
+        )
     ways = ranks * options.gradient_accumulation_steps
     if options.batch_size % ways:
         raise TrainingError(

@@ -62,12 +62,20 @@ def test_accumulated_micro_batches_take_the_same_steps(job: Job) -> None:
     assert_close(job.weights("whole"), job.weights("parts"), atol=1e-5)
 
 
-def test_two_ranks_under_torchrun_take_the_same_steps(job: Job) -> None:
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_two_ranks_under_torchrun_take_the_same_steps(job: Job, device: str) -> None:
     job.train("one")
-    record = job.train("two", {"train.num_processes": 2, "train.sample_every": 3})
+    record = job.train("two", {"train.num_processes": 2, "train.sample_every": 3, "device": device})
     assert record["ranks"] == 2
     assert sorted(logged_pictures(job.make())) == ["samples.png", "samples/step-00000003.png"]
     assert_close(job.weights("one"), job.weights("two"), atol=1e-5)
+
+
+def test_ranks_that_would_train_alone_are_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teefusion.training_run.resolve_device", lambda _: "not the cpu")  # Accelerate finds no ranks
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"2 ranks were started, but each would train by itself"):
+        job.train("alone")
 
 
 def test_zero_without_deepspeed_is_told_before_any_rank_starts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,12 @@ def larger_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
-    [{}, {"train.precision": "bfloat16", "train.gradient_checkpointing": True}],
-    ids=["plain", "checkpointed"],
+    [
+        {},
+        {"train.precision": "bfloat16", "train.gradient_checkpointing": True},
+        {"train.num_processes": 2, "device": "auto"},
+    ],
+    ids=["plain", "checkpointed", "two ranks"],
 )
 def test_the_estimate_is_what_a_dry_run_measures(
     make_settings: Make, tmp_path: Path, larger_teacher: Path, values: dict[str, Any]
