@@ -183,7 +183,7 @@ def test_compiled_yaml_is_deterministic_and_holds_the_stages_the_gate_and_the_su
     assert "evaluate-Output" in gate["triggerPolicy"]["condition"]
     assert spec["root"]["dag"]["tasks"]["summarize"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     defaults = {name: one["defaultValue"] for name, one in spec["root"]["inputDefinitions"]["parameters"].items()}
-    assert (defaults["teacher"], defaults["train_steps"]) == ("shapes", 900)
+    assert (defaults["teacher"], defaults["train_steps"]) == ("shapes", 750)
 
 
 def test_a_full_disk_leaves_nothing_that_a_later_run_trusts(options: list[str], tmp_path: Path) -> None:
