@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_deepspeed_available
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,9 +142,11 @@ def rehearse(settings: Settings) -> None:
     """Run forward and backward of one micro-batch on this CPU, of weights without meaning, and let all of it go.
 
     A process's first passes compile a kernel for every shape and keep it, 30 MB for a small transformer and little more
-    for a large one. As a GPU's context they are no memory of training: who measures that does this before. Raises
-    TeacherError.
+    for a large one; and Accelerate imports DeepSpeed, 60 MB, wherever it is installed. As a GPU's context these are no
+    memory of training: who measures that does this before. Raises TeacherError.
     """
+    if is_deepspeed_available():
+        importlib.import_module("deepspeed")
     outline, model = _outline(settings, cast=settings.train.zero_stage > 0 and settings.train.precision == "bfloat16")
     with plain_attention():
         _make_loss(settings, outline, model, _micro_batch(settings))().backward()
