@@ -48,16 +48,15 @@ def train(settings: Settings, *, prompts: Path, targets: str, output: Path) -> d
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     texts = [prompt.text for prompt in load_prompt_set(prompts).heldout]
-    run = Run(settings, manifest, store, output)
-    try:
-        sheet = SampleSheet(settings, manifest, store, shown=run.accelerator.is_main_process)
-        run.tracker.log_params({"samples": {str(row): text for row, text in enumerate(texts[: len(sheet)], 1)}})
-        with _stopped_by_sigterm(run):
-            return run.complete(sheet)
-    finally:
-        run.tracker.close()
-        # Accelerate keeps its settings for the process; the next training here may want others.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with _accelerate_ends_with_it():
+        run = Run(settings, manifest, store, output)
+        try:
+            sheet = SampleSheet(settings, manifest, store, shown=run.accelerator.is_main_process)
+            run.tracker.log_params({"samples": {str(row): text for row, text in enumerate(texts[: len(sheet)], 1)}})
+            with _stopped_by_sigterm(run):
+                return run.complete(sheet)
+        finally:
+            run.tracker.close()
 
 
 def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) -> dict[str, Any]:
@@ -68,14 +67,22 @@ def dry_run(settings: Settings, *, prompts: Path, targets: str, output: Path) ->
     store = open_shards(settings, targets)
     manifest = read_manifest(store, teacher_revision=settings.teacher.revision)
     if resolve_device(settings.device) == "cpu":
+        return_freed_memory()  # first, as what malloc once kept it fills again, whatever its threshold is by then
         rehearse(settings)
         return_freed_memory()  # what stays is the process's, and Run measures from here
-    try:
+    with _accelerate_ends_with_it():
         run = Run(settings, manifest, store, output, tracked=False)
         record = _try_out(run)
         if run.accelerator.is_main_process:
             write_json(output / DRY_RUN, record)
         return record
+
+
+@contextlib.contextmanager
+def _accelerate_ends_with_it() -> Iterator[None]:
+    """Accelerate keeps its settings for the process; the next training here may want others."""
+    try:
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
