@@ -142,11 +142,14 @@ def rehearse(settings: Settings) -> None:
     """Run forward and backward of one micro-batch on this CPU, of weights without meaning, and let all of it go.
 
     A process's first passes compile a kernel for every shape and keep it, 30 MB for a small transformer and little more
-    for a large one; and Accelerate imports DeepSpeed, 60 MB, wherever it is installed. As a GPU's context these are no
-    memory of training: who measures that does this before. Raises TeacherError.
+    for a large one; Accelerate imports DeepSpeed wherever it is installed, 60 MB; ZeRO when it begins imports torch's
+    compiler, 40 MB. As a GPU's context these are no memory of training: who measures that does this before. Raises
+    TeacherError.
     """
     if is_deepspeed_available():
         importlib.import_module("deepspeed")
+    if settings.train.zero_stage or settings.train.compile:
+        torch.compile(torch.square)  # compiles nothing yet, but imports what does
     outline, model = _outline(settings, cast=settings.train.zero_stage > 0 and settings.train.precision == "bfloat16")
     with plain_attention():
         _make_loss(settings, outline, model, _micro_batch(settings))().backward()

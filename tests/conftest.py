@@ -46,6 +46,14 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def larger_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So large that its tensors, and not what else a process does, are what a measurement of memory finds."""
+    folder = tmp_path_factory.mktemp("larger-teacher")
+    make_tiny_teacher(folder, layers=4, heads=8, head_width=64)
+    return folder
+
+
 def make_tiny_teacher(folder: Path, *, seed: int = 0, layers: int = 2, heads: int = 2, head_width: int = 8) -> None:
     """Random weights from ``seed``, 16-pixel pictures; 2 layers of width 16 if nothing else is said."""
     import torch

@@ -17,7 +17,6 @@ from teefusion.stages.ingest import ingest
 from teefusion.storage import FolderStore
 from teefusion.target_sets import generate_targets
 from teefusion.training_memory import estimate_memory, memory_text, trial_text
-from tests.conftest import make_tiny_teacher
 
 Make = Callable[..., Settings]
 TOLERANCE = 0.15
@@ -90,14 +89,6 @@ def tried(settings: Settings, folder: Path, name: str) -> dict[str, Any]:
     assert process.exitcode == 0
     record: dict[str, Any] = read_json(folder / f"{name}.json")
     return record
-
-
-@pytest.fixture(scope="module")
-def larger_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So large that its tensors, and not what else a process does, are what is measured."""
-    folder = tmp_path_factory.mktemp("larger-teacher")
-    make_tiny_teacher(folder, layers=4, heads=8, head_width=64)
-    return folder
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL import ImageChops
 from teefusion.engine import Engine
 from teefusion.settings import Settings, TrainSettings
 from tests.test_kills import killer
+from tests.test_training_memory import TOLERANCE, tried
 from tests.training_job import Job, assert_close, assert_equal, logged_pictures
 
 Make = Callable[..., Settings]
@@ -116,3 +117,13 @@ def test_bfloat16_with_zero_keeps_float32_master_weights(make_settings: Make, tm
     torch.testing.assert_close(losses(half), losses(plain), rtol=0.05, atol=0.05)
     rounded = [torch.equal(value, value.bfloat16().float()) for value in job.weights("half").values()]
     assert not all(rounded)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_estimate_of_memory_is_what_a_dry_run_measures(
+    make_settings: Make, tmp_path: Path, larger_teacher: Path, stage: int
+) -> None:
+    values = {"teacher.name": str(larger_teacher), "train.batch_size": 64, "targets.trajectories": 24}
+    record = tried(make_settings(TWO | values | {"train.zero_stage": stage}), tmp_path, "dry")
+    assert (record["zero_stage"], record["ranks"]) == (stage, 2)
+    assert record["measured_bytes"] == pytest.approx(record["estimated_bytes"], rel=TOLERANCE)
