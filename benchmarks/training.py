@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -217,6 +218,8 @@ def main() -> None:
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="any setting")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.s3 and importlib.util.find_spec("moto") is None:
+        parser.error("the S3 server here is moto's, which is not installed: `make install-dev`, or give --no-s3")
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     print(json.dumps(result, default=str) if options.json else text(result))
