@@ -55,12 +55,15 @@ def load_latest(engine: Engine, folder: Path) -> dict[str, Any] | None:
 
     A corrupt one is passed over with a warning that names the bad file, and the one before it is used.
     """
-    for step in reversed(_steps(folder)):
+    steps = _steps(folder)
+    for step in reversed(steps):
         path = folder / f"step-{step:08d}"
         try:
             _verify(path)
         except IntegrityError as error:
-            log.warning("%s Using the checkpoint before it.", error)
+            first = step == steps[0]
+            resort = "There is none before it: training begins anew." if first else "Using the one before it."
+            log.warning("%s %s", error, resort)
             continue
         state = read_json(path / _STATE)
         with _reader(path) as tensor:

@@ -33,17 +33,19 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(job: Job, caplog
     with caplog.at_level(logging.WARNING):
         record = job.train("broken")
     assert "step-00000004 is corrupt" in caplog.text
+    assert "Using the one before it." in caplog.text
     assert record["resumed_from"] == 2
     assert_equal(job.weights("whole"), job.weights("broken"))
 
 
-def test_a_checkpoint_stays_where_all_later_ones_are_corrupt(job: Job) -> None:
+def test_a_checkpoint_stays_where_all_later_ones_are_corrupt(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     job.break_off("broken", after=5)
     folder = job.folder / "broken" / "checkpoints"
     for path in folder.glob("step-*/tensors-*.safetensors"):
         path.write_bytes(b"")
     (folder / "notes.txt").write_text("a user's own")
     job.break_off("broken", {"train.checkpoint_every": 1, "train.keep_checkpoints": 1}, after=2)
+    assert "There is none before it: training begins anew." in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "step-00000002"]
     assert job.train("broken")["resumed_from"] == 2
 
